@@ -1,0 +1,200 @@
+"""Flax Linen modules of one Transformer block. Every choice between families is read from config.
+
+Matrices that share their input are one parameter (query, key and value; gate and up), because
+fewer and larger products are faster on every backend; see docs/performance.md.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models import cache as kv
+from models import rope
+from models.attention import attend
+from models.config import TransformerConfig
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def _initializer(*fan_in_axes: int) -> Any:
+    """Truncated normal of variance 1 / fan-in, the fan-in being the product of the given axes."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jnp.ndarray:
+        fan_in = 1
+        for axis in fan_in_axes:
+            fan_in *= shape[axis]
+        return jax.random.truncated_normal(key, -2, 2, shape, dtype) * fan_in**-0.5
+
+    return init
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, computed in float32."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+        config = self.config
+        shape = (x.shape[-1],)
+        init = nn.initializers.constant(1.0 - config.norm_offset)
+        scale = self.param("scale", init, shape).astype(jnp.float32) + config.norm_offset
+        wide = x.astype(jnp.float32)
+        if config.norm == "layernorm":
+            wide = wide - wide.mean(axis=-1, keepdims=True)
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(variance + config.norm_eps) * scale
+        if config.norm == "layernorm":
+            wide = wide + self.param("bias", nn.initializers.zeros, shape).astype(jnp.float32)
+        return wide.astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """A product over the last `contract` axes of x with a kernel [*contracted, *features]."""
+
+    features: tuple[int, ...]
+    contract: int = 1
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+        inputs = x.shape[x.ndim - self.contract :]
+        kernel = self.param(
+            "kernel", _initializer(*range(self.contract)), (*inputs, *self.features)
+        ).astype(x.dtype)
+        axes = (tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract)))
+        y = jax.lax.dot_general(x, kernel, (axes, ((), ())))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional biases, query/key norms and rotary positions."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jnp.ndarray,
+        angles: tuple[jnp.ndarray, jnp.ndarray] | None,
+        mask: jnp.ndarray,
+        store: tuple[jnp.ndarray, jnp.ndarray] | None,
+        start: jnp.ndarray | None,
+    ) -> tuple[jnp.ndarray, tuple[jnp.ndarray, jnp.ndarray]]:
+        """Attends from x [B, T, D] to the cache (or to x itself when `store` is None).
+
+        Returns:
+          The output [B, T, D] and this layer's keys and values [B, K, S, H].
+        """
+        config = self.config
+        G, K, H = config.queries_per_kv, config.num_kv_heads, config.head_dim
+        qkv = Dense((K, G + 2, H), use_bias=config.qkv_bias, name="qkv")(x)
+        queries, keys, values = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
+        if config.qk_norm:
+            queries = Norm(config, name="query_norm")(queries)
+            keys = Norm(config, name="key_norm")(keys)
+        if angles is not None:
+            cos, sin = angles
+            queries = rope.rotate(queries, cos[..., None, :], sin[..., None, :])
+            keys = rope.rotate(keys, cos, sin)
+        new = (keys.swapaxes(1, 2), values.swapaxes(1, 2))
+        if store is not None:
+            assert start is not None
+            new = (kv.write(store[0], new[0], start), kv.write(store[1], new[1], start))
+        mixed = attend(
+            queries, *new, mask, scale=config.scale, softcap=config.attention_softcap
+        )
+        out = Dense((config.embed_dim,), contract=3, use_bias=config.out_bias, name="out")
+        return out(mixed), new
+
+
+class MLP(nn.Module):
+    """Feed-forward network, gated (SwiGLU, GeGLU) or plain."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+        config = self.config
+        activation = _ACTIVATIONS[config.activation]
+        F, bias = config.mlp_dim, config.mlp_bias
+        if config.gated_mlp:
+            both = Dense((2, F), use_bias=bias, name="gate_up")(x)
+            inner = activation(both[..., 0, :]) * both[..., 1, :]
+        else:
+            inner = activation(Dense((F,), use_bias=bias, name="up")(x))
+        return Dense((config.embed_dim,), use_bias=bias, name="down")(inner)
+
+
+class ExpertDense(nn.Module):
+    """One kernel an expert [E, D, *features], applied to rows grouped by expert."""
+
+    num_experts: int
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, rows: jnp.ndarray, groups: jnp.ndarray) -> jnp.ndarray:
+        """rows [R, D] in expert order, groups int32 [E] rows an expert -> [R, *features]."""
+        shape = (self.num_experts, rows.shape[-1], *self.features)
+        kernel = self.param("kernel", _initializer(1), shape).astype(rows.dtype)
+        flat = kernel.reshape(*shape[:2], -1)
+        return jax.lax.ragged_dot(rows, flat, groups).reshape(-1, *self.features)
+
+
+class MoE(nn.Module):
+    """Token-choice mixture of gated experts (Mixtral): softmax over the chosen top-k logits."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+        config = self.config
+        E, k = config.num_experts, config.experts_per_token
+        logits = Dense((E,), name="router")(x).astype(jnp.float32).reshape(-1, E)
+        tokens = x.reshape(-1, config.embed_dim)
+        chosen, experts = jax.lax.top_k(logits, k)
+        weights = jax.nn.softmax(chosen, axis=-1)
+        # Tokens sorted by expert, so that each expert's product is one contiguous group.
+        order = jnp.argsort(experts.reshape(-1), stable=True)
+        groups = jnp.bincount(experts.reshape(-1), length=E).astype(jnp.int32)
+        both = ExpertDense(E, (2, config.mlp_dim), name="gate_up")(tokens[order // k], groups)
+        inner = _ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
+        outputs = ExpertDense(E, (config.embed_dim,), name="down")(inner, groups)
+        outputs = outputs * weights.reshape(-1)[order, None].astype(x.dtype)
+        return jnp.zeros_like(tokens).at[order // k].add(outputs).reshape(x.shape)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward network, each with residual and norms."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jnp.ndarray,
+        angles: tuple[jnp.ndarray, jnp.ndarray] | None,
+        mask: jnp.ndarray,
+        store: tuple[jnp.ndarray, jnp.ndarray] | None,
+        start: jnp.ndarray | None,
+    ) -> tuple[jnp.ndarray, tuple[jnp.ndarray, jnp.ndarray]]:
+        config = self.config
+        y = Norm(config, name="attention_norm")(x)
+        y, store = Attention(config, name="attention")(y, angles, mask, store, start)
+        if config.post_norms:
+            y = Norm(config, name="post_attention_norm")(y)
+        x = x + y
+        y = Norm(config, name="mlp_norm")(x)
+        y = MoE(config, name="moe")(y) if config.num_experts else MLP(config, name="mlp")(y)
+        if config.post_norms:
+            y = Norm(config, name="post_mlp_norm")(y)
+        return x + y, store
