@@ -65,9 +65,7 @@ def write(store: jnp.ndarray, update: jnp.ndarray, start: jnp.ndarray) -> jnp.nd
             store, update, start
         )
     for row in range(store.shape[0]):
-        store = jax.lax.dynamic_update_slice(
-            store, update[row : row + 1], (row, 0, start[row], 0)
-        )
+        store = jax.lax.dynamic_update_slice(store, update[row : row + 1], (row, 0, start[row], 0))
     return store
 
 

@@ -181,9 +181,7 @@ class TransformerConfig:
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
-                raise InputError(
-                    f"TransformerConfig has no field {name!r}{nearest(name, known)}"
-                )
+                raise InputError(f"TransformerConfig has no field {name!r}{nearest(name, known)}")
         return dataclasses.replace(self, **changes)
 
     def num_params(self) -> int:

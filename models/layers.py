@@ -110,9 +110,7 @@ class Attention(nn.Module):
         if store is not None:
             assert start is not None
             new = (kv.write(store[0], new[0], start), kv.write(store[1], new[1], start))
-        mixed = attend(
-            queries, *new, mask, scale=config.scale, softcap=config.attention_softcap
-        )
+        mixed = attend(queries, *new, mask, scale=config.scale, softcap=config.attention_softcap)
         out = Dense((config.embed_dim,), contract=3, use_bias=config.out_bias, name="out")
         return out(mixed), new
 

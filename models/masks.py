@@ -100,16 +100,12 @@ def tree(ancestry: jnp.ndarray, base: jnp.ndarray, num_keys: int) -> jnp.ndarray
     N = ancestry.shape[1]
     node = jnp.arange(num_keys)[None, :] - base[:, None]
     inside = (node >= 0) & (node < N)
-    index = jnp.broadcast_to(
-        jnp.clip(node, 0, N - 1)[:, None, :], (ancestry.shape[0], N, num_keys)
-    )
+    index = jnp.broadcast_to(jnp.clip(node, 0, N - 1)[:, None, :], (ancestry.shape[0], N, num_keys))
     on_path = jnp.take_along_axis(ancestry, index, axis=2)
     return (node < 0)[:, None, :] | (inside[:, None, :] & on_path)
 
 
-def block_diffusion(
-    positions: jnp.ndarray, key_positions: jnp.ndarray, block: int
-) -> jnp.ndarray:
+def block_diffusion(positions: jnp.ndarray, key_positions: jnp.ndarray, block: int) -> jnp.ndarray:
     """Bidirectional inside a block of `block` tokens, causal between blocks.
 
     Args:

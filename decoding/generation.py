@@ -1,0 +1,261 @@
+"""Prompts in, tokens and stats out: the loop with everything around it that needs a host."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from decoding import loop, randomness, stopping
+from decoding.loop import DecodeState, Method, ModelParams
+from models import cache as kv
+from models import sharding
+from models.config import TransformerConfig
+from models.errors import InputError
+
+# Prompts are padded to a multiple of this, so that few lengths are compiled.
+PROMPT_MULTIPLE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One finished row.
+
+    Attributes:
+      prompt_ids: the prompt.
+      token_ids: what was generated, a final EOS included.
+      finish_reason: 'eos', 'length' or 'context'.
+      stats: target_calls, target_positions, draft_calls, tokens_emitted, and by draft depth
+        proposed and accepted rounds.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    finish_reason: str
+    stats: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """New tokens of one row, as `stream` yields them."""
+
+    row: int
+    token_ids: list[int]
+    done: bool
+
+
+def cache_slots(needed: int) -> int:
+    """The cache size that holds `needed` tokens: 128, 256, 384, 512, 768, 1024, 1536, ...
+
+    Time per token grows with the slots allocated, so the loop begins small and grows; sizes are
+    few, because each one is compiled.
+    """
+    size = 128
+    while size < needed:
+        size *= 2
+    return size * 3 // 4 if size >= 512 and size * 3 // 4 >= needed else size
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], config: TransformerConfig, stop: stopping.StopConfig
+) -> None:
+    """Raises InputError for prompts that are empty, too long or hold ids out of range."""
+    if not prompts:
+        raise InputError("prompts: at least one is needed")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise InputError(f"prompt {row}: empty; at least one token is needed")
+        bad = [t for t in prompt if not 0 <= t < config.vocab_size]
+        if bad:
+            raise InputError(
+                f"prompt {row}: token id {bad[0]} is out of range; allowed: 0 to "
+                f"{config.vocab_size - 1}"
+            )
+        if len(prompt) >= stop.max_position:
+            raise InputError(
+                f"prompt {row}: {len(prompt)} tokens leave no room in a context of "
+                f"{stop.max_position}"
+            )
+
+
+def stop_config(
+    config: TransformerConfig, max_new_tokens: int, eos_ids: Sequence[int] | None = None
+) -> stopping.StopConfig:
+    """Stop rules of a checkpoint: its EOS ids unless others are given, its context length."""
+    ids = config.eos_token_ids if eos_ids is None else tuple(eos_ids)
+    return stopping.StopConfig(max_new_tokens, tuple(ids), config.max_position)
+
+
+def place(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Lays a state out on a mesh: rows over 'data', cache heads over 'model'."""
+    batch = state.lengths.shape[0]
+    for cache in loop.caches(state.inner):
+        heads = cache.keys[0].shape[1]
+        if batch % mesh.shape["data"] or heads % mesh.shape["model"]:
+            raise InputError(
+                f"mesh: {mesh.shape['data']}x{mesh.shape['model']} does not divide {batch} rows "
+                f"and {heads} key/value heads"
+            )
+    rows = sharding.batch_sharding(mesh)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def shard(leaf: Any) -> Any:
+        if isinstance(leaf, kv.KVCache):
+            return sharding.cache_shardings(leaf, mesh)
+        return rows if leaf.ndim and leaf.shape[0] == batch else everywhere
+
+    layout = jax.tree.map(shard, state, is_leaf=lambda leaf: isinstance(leaf, kv.KVCache))
+    return jax.device_put(state, layout)
+
+
+def begin(
+    params: ModelParams,
+    prompts: Sequence[Sequence[int]],
+    method: Method,
+    stop: stopping.StopConfig,
+    *,
+    seed: int = 0,
+    row_ids: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[DecodeState, int]:
+    """Reads the prompts; returns the state before the first round and its cache slots."""
+    longest = max(map(len, prompts))
+    padded = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    tokens = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
+    slots = cache_slots(max(padded, longest - 1 + method.lookahead))
+    inputs = (tokens, lengths, randomness.row_keys(seed, jnp.asarray(ids)))
+    if mesh is not None:
+        inputs = jax.device_put(inputs, sharding.batch_sharding(mesh))
+    state = loop.start(
+        params,
+        *map(jnp.asarray, inputs[:2]),
+        inputs[2],
+        method=method,
+        slots=slots,
+        buffer=cache_slots(padded + stop.max_new_tokens),
+    )
+    return (state if mesh is None else place(state, mesh)), slots
+
+
+def _advance(
+    params: ModelParams,
+    state: DecodeState,
+    slots: int,
+    method: Method,
+    stop: stopping.StopConfig,
+    rounds: int | None,
+    mesh: Mesh | None,
+) -> tuple[DecodeState, int]:
+    """Runs up to `rounds` more rounds (None: until all rows are done), growing caches."""
+    until = np.int32(2**31 - 1 if rounds is None else int(state.rounds) + rounds)
+    while True:
+        state = loop.advance(params, state, until, method=method, stop=stop, slots=slots)
+        active, lengths, ran = jax.device_get((state.active, state.lengths, state.rounds))
+        if not active.any() or ran >= until:
+            return state, slots
+        slots = cache_slots(int(lengths[active].max()) - 1 + method.lookahead)
+        state = loop.grow(state, slots)
+        if mesh is not None:
+            state = place(state, mesh)
+
+
+def _row(state: DecodeState, row: int) -> Row:
+    """One row of a state that is on the host."""
+    start, end = int(state.prompt_lengths[row]), int(state.lengths[row])
+    counts = {
+        field.name: getattr(state.stats, field.name)[row].tolist()
+        for field in dataclasses.fields(state.stats)
+    }
+    return Row(
+        prompt_ids=state.tokens[row, :start].tolist(),
+        token_ids=state.tokens[row, start:end].tolist(),
+        finish_reason=stopping.REASONS[int(state.reason[row])],
+        stats=counts,
+    )
+
+
+def _fetch(state: DecodeState) -> DecodeState:
+    """The state's text and counters on the host, without its caches."""
+    return jax.device_get(state.replace(inner=(), keys=()))
+
+
+def generate(
+    params: ModelParams,
+    prompts: Sequence[Sequence[int]],
+    method: Method,
+    stop: stopping.StopConfig,
+    *,
+    seed: int = 0,
+    row_ids: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+) -> list[Row]:
+    """Continues every prompt until a stop rule ends it.
+
+    Args:
+      params: parameters by role, for example {'target': ..., 'draft': ...}.
+      prompts: token ids, one list a row, of any lengths.
+      method: from `decoding.methods.build`.
+      stop: stop rules, see `stop_config`.
+      seed: base of all randomness.
+      row_ids: number that identifies each row to its random key (default 0, 1, ...); a row's
+        text depends on its prompt, the seed and this number only.
+      mesh: devices to run on; `params` must already lie there (`models.sharding`).
+
+    Returns:
+      One Row a prompt.
+    """
+    state, slots = begin(params, prompts, method, stop, seed=seed, row_ids=row_ids, mesh=mesh)
+    state, _ = _advance(params, state, slots, method, stop, None, mesh)
+    state = _fetch(state)
+    return [_row(state, row) for row in range(len(prompts))]
+
+
+def stream(
+    params: ModelParams,
+    prompts: Sequence[Sequence[int]],
+    method: Method,
+    stop: stopping.StopConfig,
+    *,
+    seed: int = 0,
+    row_ids: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+    every: int = 8,
+) -> Iterator[Event]:
+    """As `generate`, but yields each row's new tokens after every `every` rounds.
+
+    The rounds are those of `generate`: the tokens are the same.
+    """
+    state, slots = begin(params, prompts, method, stop, seed=seed, row_ids=row_ids, mesh=mesh)
+    sent = [len(prompt) for prompt in prompts]
+    finished = [False] * len(prompts)
+    while not all(finished):
+        state, slots = _advance(params, state, slots, method, stop, every, mesh)
+        host = _fetch(state)
+        for row in range(len(prompts)):
+            end = int(host.lengths[row])
+            done = int(host.reason[row]) != stopping.RUNNING
+            if end > sent[row] or (done and not finished[row]):
+                yield Event(row, host.tokens[row, sent[row] : end].tolist(), done)
+                sent[row], finished[row] = end, done
+
+
+def total_stats(rows: Sequence[Row]) -> Mapping[str, Any]:
+    """Sums of the rows' counters, tokens per target call and acceptance by depth."""
+
+    def summed(name: str) -> Any:
+        return np.sum([row.stats[name] for row in rows], axis=0).tolist()
+
+    total = {name: summed(name) for name in rows[0].stats}
+    total["tokens_per_target_call"] = total["tokens_emitted"] / max(total["target_calls"], 1)
+    total["acceptance_by_depth"] = [
+        accepted / proposed if proposed else 0.0
+        for accepted, proposed in zip(total["accepted"], total["proposed"], strict=True)
+    ]
+    return total
