@@ -22,8 +22,7 @@ from models import cache as kv
 ModelParams = dict[str, Any]
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """Everything a run is, between two rounds.
 
     The last of a row's tokens is always pending: committed to the text, in no cache yet. So a
@@ -55,7 +54,7 @@ class DecodeState:
         return self.reason == stopping.RUNNING
 
 
-class Emission(NamedTuple):
+class Emission(struct.PyTreeNode):
     """What a round decided: the first `count` [B] of `tokens` [B, E], and the work it took."""
 
     tokens: jnp.ndarray

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 from flax import struct
 
 
-@struct.dataclass
-class Stats:
+class Stats(struct.PyTreeNode):
     """Work counters; every array has a leading axis B.
 
     Attributes:

@@ -14,8 +14,7 @@ from flax import struct
 from models.config import TransformerConfig
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of every layer.
 
     Attributes:
@@ -58,18 +57,10 @@ def write(store: jnp.ndarray, update: jnp.ndarray, start: jnp.ndarray) -> jnp.nd
     Returns:
       [B, K, S, H]. In place where the caller donates `store`.
     """
-    # One slice update a row: a scatter becomes a loop over single tokens on a CPU.
     update = update.astype(store.dtype)
-    if store.shape[0] > _UNROLLED_ROWS:
-        return jax.vmap(lambda s, u, i: jax.lax.dynamic_update_slice(s, u, (0, i, 0)))(
-            store, update, start
-        )
-    for row in range(store.shape[0]):
-        store = jax.lax.dynamic_update_slice(store, update[row : row + 1], (row, 0, start[row], 0))
-    return store
-
-
-_UNROLLED_ROWS = 16
+    return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice(row, new, (0, first, 0)))(
+        store, update, start
+    )
 
 
 def commit(cache: KVCache, path: jnp.ndarray, count: jnp.ndarray) -> KVCache:

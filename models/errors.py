@@ -22,5 +22,6 @@ def check_choice(field: str, value: str, allowed: Iterable[str]) -> None:
     allowed = sorted(allowed)
     if value not in allowed:
         raise InputError(
-            f"{field}: {value!r} is not known{nearest(value, allowed)}; allowed: {', '.join(allowed)}"
+            f"{field}: {value!r} is not known{nearest(value, allowed)}; "
+            f"allowed: {', '.join(allowed)}"
         )

@@ -86,10 +86,10 @@ def param_shardings(config: TransformerConfig, mesh: Mesh) -> Any:
     return tree_shardings(transformer.param_shapes(config), mesh)
 
 
-def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
+def cache_shardings(cache: KVCache, mesh: Mesh) -> Any:
     """Caches are split over rows and key/value heads."""
     store = NamedSharding(mesh, P("data", "model", None, None))
-    return KVCache(
+    return cache.replace(
         keys=(store,) * len(cache.keys),
         values=(store,) * len(cache.values),
         lengths=NamedSharding(mesh, P("data")),

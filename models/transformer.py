@@ -21,8 +21,7 @@ from models.layers import Block, Dense, Norm
 Params = Any
 
 
-@struct.dataclass
-class Output:
+class Output(struct.PyTreeNode):
     """What one call returns.
 
     Attributes:
@@ -105,7 +104,8 @@ class Transformer(nn.Module):
         """Layers start..stop-1 on the residual stream x [B, T, D]."""
         config = self.config
         local = [layer for layer in range(start, stop) if config.is_local(layer)]
-        angles = local_angles = local_mask = None
+        angles = local_angles = None
+        local_mask = mask
         if config.positions == "rope":
             angles = rope.angles(config.rope, config.head_dim, positions)
             local_angles = angles
@@ -225,43 +225,37 @@ def apply(
     if key_positions is None:
         key_positions = jnp.arange(S) if cache is not None else positions
 
-    model = Transformer(config, remat=remat)
-    bound = {"params": params}
     x = inputs
     if start == 0:
-        x = model.apply(bound, inputs, positions, method="encode")
-    x, cache, collected = model.apply(
-        bound,
-        x,
-        positions,
-        mask,
-        key_positions,
-        cache,
-        start,
-        stop,
-        tuple(collect),
-        method="run",
-    )
+        x = embed(config, params, inputs, positions)
+    run = (positions, mask, key_positions, cache, start, stop, tuple(collect))
+    x, cache, collected = _call("run", config, params, x, *run, remat=remat)
     logits = None
     if stop == L:
-        x = model.apply(bound, x, method="normalise")
+        x = final_norm(config, params, x)
         if with_logits:
             logits = unembed(config, params, x)
     return Output(logits=logits, hidden=x, cache=cache, collected=collected)
 
 
 def embed(
-    config: TransformerConfig, params: Params, tokens: jnp.ndarray, positions: jnp.ndarray
+    config: TransformerConfig, params: Params, inputs: jnp.ndarray, positions: jnp.ndarray
 ) -> jnp.ndarray:
-    """Embeddings [B, T, D] as the first layer receives them."""
-    return Transformer(config).apply({"params": params}, tokens, positions, method="encode")
+    """Embeddings [B, T, D] as the first layer receives them; `inputs` as in `apply`."""
+    return _call("encode", config, params, inputs, positions)
 
 
 def unembed(config: TransformerConfig, params: Params, hidden: jnp.ndarray) -> jnp.ndarray:
     """Logits float32 [..., V] of hidden states [..., D] that went through the final norm."""
-    return Transformer(config).apply({"params": params}, hidden, method="unembed")
+    return _call("unembed", config, params, hidden)
 
 
 def final_norm(config: TransformerConfig, params: Params, x: jnp.ndarray) -> jnp.ndarray:
     """The final norm alone, for reading logits off an intermediate layer."""
-    return Transformer(config).apply({"params": params}, x, method="normalise")
+    return _call("normalise", config, params, x)
+
+
+def _call(
+    method: str, config: TransformerConfig, params: Params, *args: Any, remat: bool = False
+) -> Any:
+    return Transformer(config, remat=remat).apply({"params": params}, *args, method=method)

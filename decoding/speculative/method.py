@@ -18,8 +18,7 @@ from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 
 
-@struct.dataclass
-class SpeculativeState:
+class SpeculativeState(struct.PyTreeNode):
     """The target's cache and whatever the drafter keeps."""
 
     target: kv.KVCache

@@ -11,8 +11,7 @@ from flax import struct
 NO_PARENT = -1
 
 
-@struct.dataclass
-class DraftTree:
+class DraftTree(struct.PyTreeNode):
     """A batch of draft trees of equal size.
 
     Attributes:

@@ -7,17 +7,17 @@ made: `exact_match` for any drafter whose drafts do not depend on the noise of t
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from decoding import randomness
 from decoding.sampling import SamplingConfig, draw, log_probs
 from decoding.speculative.tree import DraftTree
 
 
-class Verdict(NamedTuple):
+class Verdict(struct.PyTreeNode):
     """What a rule decided.
 
     Attributes:
