@@ -120,8 +120,13 @@ def begin(
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
     mesh: Mesh | None = None,
+    buffer: int | None = None,
 ) -> tuple[DecodeState, int]:
-    """Reads the prompts; returns the state before the first round and its cache slots."""
+    """Reads the prompts; returns the state before the first round and its cache slots.
+
+    Arguments are those of `generate`; `buffer` is the room for text, by default what
+    `stop.max_new_tokens` and the context allow.
+    """
     longest = max(map(len, prompts))
     padded = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     tokens = np.zeros((len(prompts), padded), np.int32)
@@ -129,6 +134,7 @@ def begin(
         tokens[row, : len(prompt)] = prompt
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
+    room = max(padded, stop.max_position)
     slots = cache_slots(max(padded, longest - 1 + method.lookahead))
     inputs = (tokens, lengths, randomness.row_keys(seed, jnp.asarray(ids)))
     if mesh is not None:
@@ -139,19 +145,20 @@ def begin(
         inputs[2],
         method=method,
         slots=slots,
-        buffer=cache_slots(padded + stop.max_new_tokens),
+        buffer=buffer or cache_slots(min(padded + stop.max_new_tokens, room)),
     )
     return (state if mesh is None else place(state, mesh)), slots
 
 
-def _advance(
+def advance(
     params: ModelParams,
     state: DecodeState,
     slots: int,
     method: Method,
     stop: stopping.StopConfig,
-    rounds: int | None,
-    mesh: Mesh | None,
+    *,
+    rounds: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[DecodeState, int]:
     """Runs up to `rounds` more rounds (None: until all rows are done), growing caches."""
     until = np.int32(2**31 - 1 if rounds is None else int(state.rounds) + rounds)
@@ -212,7 +219,7 @@ def generate(
       One Row a prompt.
     """
     state, slots = begin(params, prompts, method, stop, seed=seed, row_ids=row_ids, mesh=mesh)
-    state, _ = _advance(params, state, slots, method, stop, None, mesh)
+    state, _ = advance(params, state, slots, method, stop, mesh=mesh)
     state = _fetch(state)
     return [_row(state, row) for row in range(len(prompts))]
 
@@ -236,7 +243,7 @@ def stream(
     sent = [len(prompt) for prompt in prompts]
     finished = [False] * len(prompts)
     while not all(finished):
-        state, slots = _advance(params, state, slots, method, stop, every, mesh)
+        state, slots = advance(params, state, slots, method, stop, rounds=every, mesh=mesh)
         host = _fetch(state)
         for row in range(len(prompts)):
             end = int(host.lengths[row])

@@ -154,7 +154,9 @@ def advance(
         inner, emission = method.step(params, state)
         return append(state.replace(inner=inner), emission, stop)
 
-    return jax.lax.while_loop(proceed, one_round, state)
+    state = state.replace(inner=map_caches(kv.fold, state.inner))
+    state = jax.lax.while_loop(proceed, one_round, state)
+    return state.replace(inner=map_caches(kv.unfold, state.inner))
 
 
 @functools.partial(jax.jit, static_argnames=("method", "slots", "buffer"))

@@ -27,8 +27,8 @@ def attend(
 
     Args:
       queries: [B, T, K, G, H].
-      keys: [B, K, S, H].
-      values: [B, K, S, H].
+      keys: [B, K, S, H], or [K, S, H] from a folded cache.
+      values: as `keys`.
       mask: bool [B, T, S]; False hides a key.
       scale: multiplies the scores.
       softcap: c in c * tanh(score / c) (Gemma 2), applied before the mask.
@@ -37,6 +37,8 @@ def attend(
       [B, T, K, G, H], in the dtype of `queries`.
     """
     B, T, K, G, H = queries.shape
+    if keys.ndim == 3:  # the folded cache of a single row
+        keys, values = keys[None], values[None]
     folded = (queries * scale).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     scores = jax.lax.dot_general(
         folded, keys, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32

@@ -3,6 +3,10 @@
 Slot s of a row holds the token at position s. `lengths` says how many slots of each row are
 committed; everything beyond is scratch that a mask hides and a later write replaces, so that
 rolling back is setting a length.
+
+Inside the decoding loop the arrays of a single row are *folded* to [K, S, H] (`fold`): with a row
+axis of size one XLA drops that axis before the attention products, and then copies the whole cache
+at every write. All functions here and `attend` take both forms.
 """
 
 from collections.abc import Sequence
@@ -18,7 +22,7 @@ class KVCache(struct.PyTreeNode):
     """Keys and values of every layer.
 
     Attributes:
-      keys: one array a layer, [B, K, S, H].
+      keys: one array a layer, [B, K, S, H], or [K, S, H] when folded.
       values: likewise.
       lengths: int32 [B], committed tokens of each row.
     """
@@ -30,7 +34,7 @@ class KVCache(struct.PyTreeNode):
     @property
     def slots(self) -> int:
         """S, tokens that a row can hold."""
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[-2]
 
 
 def create(
@@ -50,17 +54,20 @@ def write(store: jnp.ndarray, update: jnp.ndarray, start: jnp.ndarray) -> jnp.nd
     """Writes T tokens of one layer at each row's own slot.
 
     Args:
-      store: [B, K, S, H].
+      store: [B, K, S, H], or [K, S, H] when folded.
       update: [B, K, T, H].
       start: int [B], first slot of each row; start + T must not exceed S.
 
     Returns:
-      [B, K, S, H]. In place where the caller donates `store`.
+      As `store`. In place where the caller donates it.
     """
     update = update.astype(store.dtype)
-    return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice(row, new, (0, first, 0)))(
-        store, update, start
-    )
+    if store.ndim == 3:
+        return jax.lax.dynamic_update_slice(store, update[0], (0, start[0], 0))
+    for row in range(store.shape[0]):
+        at = (row, 0, start[row], 0)
+        store = jax.lax.dynamic_update_slice(store, update[row : row + 1], at)
+    return store
 
 
 def commit(cache: KVCache, path: jnp.ndarray, count: jnp.ndarray) -> KVCache:
@@ -80,8 +87,12 @@ def commit(cache: KVCache, path: jnp.ndarray, count: jnp.ndarray) -> KVCache:
     source = jnp.where(slot < count[:, None], path, slot) + cache.lengths[:, None]
 
     def move(store: jnp.ndarray) -> jnp.ndarray:
-        index = jnp.minimum(source, store.shape[2] - 1)[:, None, :, None]
-        return write(store, jnp.take_along_axis(store, index, axis=2), cache.lengths)
+        index = jnp.minimum(source, store.shape[-2] - 1)
+        if store.ndim == 3:
+            rows = store[None, :, index[0]]
+        else:
+            rows = jnp.take_along_axis(store, index[:, None, :, None], axis=2)
+        return write(store, rows, cache.lengths)
 
     return KVCache(
         keys=tuple(map(move, cache.keys)),
@@ -99,11 +110,32 @@ def resize(cache: KVCache, slots: int) -> KVCache:
     """Grows or shrinks every row to `slots`; committed tokens must fit."""
 
     def fit(store: jnp.ndarray) -> jnp.ndarray:
-        if slots <= store.shape[2]:
-            return store[:, :, :slots]
-        return jnp.pad(store, ((0, 0), (0, 0), (0, slots - store.shape[2]), (0, 0)))
+        more = slots - store.shape[-2]
+        if more <= 0:
+            return store[..., :slots, :]
+        return jnp.pad(store, ((0, 0),) * (store.ndim - 2) + ((0, more), (0, 0)))
 
     return cache.replace(keys=tuple(map(fit, cache.keys)), values=tuple(map(fit, cache.values)))
+
+
+def fold(cache: KVCache) -> KVCache:
+    """Drops the row axis of a single row; other caches are returned as they are."""
+    if cache.lengths.shape[0] != 1 or cache.keys[0].ndim == 3:
+        return cache
+    return cache.replace(
+        keys=tuple(store[0] for store in cache.keys),
+        values=tuple(store[0] for store in cache.values),
+    )
+
+
+def unfold(cache: KVCache) -> KVCache:
+    """Undoes `fold`."""
+    if cache.keys[0].ndim == 4:
+        return cache
+    return cache.replace(
+        keys=tuple(store[None] for store in cache.keys),
+        values=tuple(store[None] for store in cache.values),
+    )
 
 
 def layers(cache: KVCache, indices: Sequence[int]) -> KVCache:
