@@ -20,9 +20,9 @@ from models.errors import InputError, check_choice
 Batch = dict[str, np.ndarray]
 
 # First fit chooses among this many tokens' worth of rows: enough to leave little padding and to
-# mix a long document's windows with many others.
-_PACKING_TOKENS = 2**18
-_MIN_PACKING_ROWS, _MAX_PACKING_ROWS = 16, 1024
+# mix a long document's windows with many others (a short run must not see a few files only).
+_PACKING_TOKENS = 2**21
+_MIN_PACKING_ROWS, _MAX_PACKING_ROWS = 16, 8192
 # Tokenised documents kept in memory, in tokens of 8 bytes; further ones are tokenised again in
 # each epoch, so that a corpus larger than memory can be read.
 _MAX_CACHED_TOKENS = 2**27

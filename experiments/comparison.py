@@ -1,0 +1,257 @@
+"""The decoding comparison: several methods on one target, side by side.
+
+Trains what is missing, decodes held-out prompts with every method at every temperature, checks
+losslessness, and returns what `experiments.report` draws.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from decoding import generation, methods
+from decoding.loop import Method, ModelParams
+from decoding.sampling import SamplingConfig
+from experiments import lossless, results, timing
+from models import hf_checkpoint
+from models.config import TransformerConfig
+from models.errors import InputError
+from models.tokenizer import Tokenizer
+from training import base_models
+from training.datasets import registry
+
+BASELINE = "autoregressive"
+# A losslessness check fails by chance once in this many runs.
+_P_VALUE = 1e-3
+# What a report shows of a base model's training.
+_SUMMARY = ("eval_loss", "eval_bits_per_byte", "tokens", "seconds", "curve", "evaluations")
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The models of a comparison, by role, and the target's tokeniser."""
+
+    configs: Mapping[str, TransformerConfig]
+    params: ModelParams
+    tokenizer: Tokenizer
+    summaries: list[dict[str, Any]]
+
+
+def load_models(config: ConfigDict, workdir: Path) -> Models:
+    """Loads every role of `config.models`: a checkpoint directory, or a base model's name."""
+    configs: dict[str, TransformerConfig] = {}
+    params: ModelParams = {}
+    summaries = []
+    directories: dict[str, Path] = {}
+    for role, source in config.models.items():
+        directory = Path(source)
+        summary: dict[str, Any] = {"role": role, "source": source}
+        if source in base_models.RECIPES:
+            directory = base_models.ensure(source)
+            trained = json.loads((directory / base_models.SUMMARY_FILE).read_text())
+            summary |= {name: trained[name] for name in _SUMMARY if name in trained}
+        directories[role] = directory
+        configs[role], params[role] = hf_checkpoint.load(directory)
+        summary["parameters"] = configs[role].num_params()
+        summaries.append(summary)
+    tokenizer = Tokenizer.from_directory(directories["target"], configs["target"])
+    return Models(configs, params, tokenizer, summaries)
+
+
+def held_out_prompts(config: ConfigDict, tokenizer: Tokenizer) -> list[list[int]]:
+    """Windows of `config.data.prompt_tokens` tokens from documents that no model was trained on."""
+    data = config.data
+    documents = registry.load(
+        data.dataset, data.split, text_field=data.get("text_field"), **data.builder_options
+    )
+    rng = np.random.default_rng(config.seed)
+    prompts: list[list[int]] = []
+    for index in rng.permutation(len(documents)):
+        ids = tokenizer.encode(documents[int(index)]["text"])
+        if len(ids) > 2 * data.prompt_tokens:
+            first = int(rng.integers(0, len(ids) - data.prompt_tokens))
+            prompts.append(ids[first : first + data.prompt_tokens])
+        if len(prompts) == data.num_prompts:
+            return prompts
+    raise InputError(
+        f"data.num_prompts: {data.num_prompts} wanted, {len(prompts)} documents of "
+        f"{data.dataset}/{data.split} are longer than {2 * data.prompt_tokens} tokens"
+    )
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs the comparison that `config` describes; see `experiments/configs/quickstart.py`."""
+    begin = time.perf_counter()
+    models = load_models(config, workdir)
+    prompts = held_out_prompts(config, models.tokenizer)
+    stop = generation.stop_config(models.configs["target"], config.decode.max_new_tokens, ())
+    records: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    for temperature in config.decode.temperatures:
+        sampling = SamplingConfig(
+            temperature=temperature, top_k=config.decode.top_k, top_p=config.decode.top_p
+        )
+        entries = {entry.label: entry for entry in config.decode.methods}
+        built = {
+            label: methods.build(entry.method, models.configs, sampling, entry.options.to_dict())
+            for label, entry in entries.items()
+        }
+        for batch_size in config.decode.batch_sizes:
+            measured = timing.side_by_side(
+                {
+                    label: lambda method=method, batch_size=batch_size: timing.decode_all(
+                        models.params, prompts, method, stop, batch_size=batch_size,
+                        seed=config.seed,
+                    )
+                    for label, method in built.items()
+                },
+                config.decode.repeats,
+                label=f"temperature {temperature:g}, batch {batch_size}",
+            )  # fmt: skip
+            baseline = measured[config.decode.methods[0].label]
+            for label, entry in entries.items():
+                records.append(
+                    _record(entry, label, temperature, batch_size, measured[label], baseline)
+                )
+            if batch_size == config.decode.batch_sizes[0]:
+                texts = {label: entry["result"][0].token_ids for label, entry in measured.items()}
+                samples.append(_samples(models.tokenizer, prompts[0], temperature, texts))
+        checks = check_lossless(config, models, prompts, sampling, built, records)
+        for record in records:
+            if record["temperature"] == temperature:
+                record["lossless"] = checks[record["label"]]
+    return {
+        "models": models.summaries,
+        "runs": records,
+        "samples": samples,
+        "claims": _claims(config, records),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _record(
+    entry: ConfigDict,
+    label: str,
+    temperature: float,
+    batch_size: int,
+    measured: Mapping[str, Any],
+    baseline: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One line of the results: a method at a temperature and a batch size."""
+    rows = measured["result"]
+    total = generation.total_stats(rows)
+    return {
+        "label": label,
+        "method": entry.method,
+        "options": entry.options.to_dict(),
+        "temperature": temperature,
+        "batch_size": batch_size,
+        "seconds": measured["seconds"],
+        "tokens_per_second": total["tokens_emitted"] / measured["median"],
+        "speedup": timing.speedup(baseline["seconds"], measured["seconds"]),
+        "tokens_per_target_call": total["tokens_per_target_call"],
+        "acceptance_by_depth": total["acceptance_by_depth"],
+        "stats": {k: v for k, v in total.items() if not isinstance(v, float)},
+        "identical_rows": sum(
+            a.token_ids == b.token_ids for a, b in zip(rows, baseline["result"], strict=True)
+        ),
+        "rows": len(rows),
+    }
+
+
+def check_lossless(
+    config: ConfigDict,
+    models: Models,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    built: Mapping[str, Method],
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """By label: how losslessness was checked at this temperature, and whether it held.
+
+    Rows equal to the baseline's, token for token, are the strongest evidence and the only one at
+    temperature 0. A method that samples differently is compared with the exact distribution of
+    two tokens by a chi-square test.
+    """
+    checks: dict[str, dict[str, Any]] = {}
+    for label, method in built.items():
+        mine = [
+            r for r in records if r["label"] == label and r["temperature"] == sampling.temperature
+        ]
+        identical = all(r["identical_rows"] == r["rows"] for r in mine)
+        if identical or sampling.greedy:
+            checks[label] = {"check": "token-identical to plain decoding", "held": identical}
+            continue
+        test = lossless.chi_square(
+            method, models.params, models.configs["target"], prompts[0], sampling,
+            samples=config.lossless.samples, batch_size=config.lossless.batch_size,
+            seed=config.seed,
+        )  # fmt: skip
+        checks[label] = {
+            "check": "chi-square of two tokens against the exact distribution",
+            "held": test["p_value"] > _P_VALUE,
+            **test,
+        }
+        logging.info("%s: %s", label, checks[label])
+    return checks
+
+
+def _samples(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    temperature: float,
+    texts: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    return {
+        "temperature": temperature,
+        "prompt": tokenizer.decode(list(prompt)),
+        "texts": {label: tokenizer.decode(list(ids)) for label, ids in texts.items()},
+    }
+
+
+def _claims(config: ConfigDict, records: Sequence[Mapping[str, Any]]) -> list[results.Claim]:
+    claims = []
+    for record in records:
+        where = f"{record['label']}, temperature {record['temperature']:g}"
+        if record["batch_size"] == config.decode.batch_sizes[0] and record["method"] != BASELINE:
+            claims.append(
+                results.Claim(
+                    f"{where}: lossless ({record['lossless']['check']})",
+                    record["lossless"].get("p_value", float(record["lossless"]["held"])),
+                    f"> {_P_VALUE}" if "p_value" in record["lossless"] else "identical",
+                    record["lossless"]["held"],
+                )
+            )
+        for bound in config.claims:
+            if (bound.label, bound.temperature, bound.batch_size) == (
+                record["label"], record["temperature"], record["batch_size"],
+            ):  # fmt: skip
+                name = f"{where}, batch {record['batch_size']}: {bound.metric}"
+                claims.append(results.at_least(name, record[bound.metric], bound.at_least))
+    return claims
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The results as plain text, one line a run."""
+    head = ("method", "T", "batch", "tokens/call", "tokens/s", "speed-up", "accepted by depth")
+    lines = [head]
+    for r in records:
+        depth = " ".join(f"{a:.2f}" for a in r["acceptance_by_depth"])
+        lines.append(
+            (
+                r["label"], f"{r['temperature']:g}", str(r["batch_size"]),
+                f"{r['tokens_per_target_call']:.2f}", f"{r['tokens_per_second']:.0f}",
+                f"{r['speedup']:.2f}x", depth or "-",
+            )
+        )  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

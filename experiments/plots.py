@@ -1,0 +1,158 @@
+"""The figures of a report, as SVG text. One look for all of them."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: distinct for colour-blind readers too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_STYLE = {
+    "figure.dpi": 110,
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "tokenloom",
+}
+
+
+def _figure(columns: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            1, columns, figsize=(4.6 * columns, height), layout="constrained", squeeze=False
+        )
+    return figure, list(axes[0])
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element, and closes it."""
+    buffer = io.StringIO()
+    with plt.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(run["label"] for run in runs))
+
+
+def _settings(runs: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
+    return sorted({(run["temperature"], run["batch_size"]) for run in runs})
+
+
+def bars(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Speed-up and tokens per target call, grouped by temperature and batch size."""
+    figure, axes = _figure(2)
+    labels, settings = _labels(runs), _settings(runs)
+    by_key = {(r["label"], r["temperature"], r["batch_size"]): r for r in runs}
+    width = 0.8 / len(labels)
+    panels = (
+        (axes[0], "speedup", "Wall-clock speed-up over plain decoding", "{:.2f}x"),
+        (axes[1], "tokens_per_target_call", "Tokens per target call", "{:.2f}"),
+    )
+    for axis, field, title, form in panels:
+        for i, label in enumerate(labels):
+            places = [j + (i - (len(labels) - 1) / 2) * width for j in range(len(settings))]
+            values = [by_key[(label, *setting)][field] for setting in settings]
+            drawn = axis.bar(
+                places, values, width * 0.92, label=label, color=COLOURS[i % len(COLOURS)]
+            )
+            axis.bar_label(drawn, [form.format(v) for v in values], fontsize=7.5, padding=1)
+        axis.axhline(1, color="#555555", linewidth=0.9, linestyle="--")
+        axis.set_xticks(range(len(settings)))
+        axis.set_xticklabels([f"T={t:g}\nbatch {b}" for t, b in settings])
+        axis.set_title(title)
+        axis.grid(axis="x", visible=False)
+        axis.margins(y=0.15)
+    axes[1].legend(loc="upper right", fontsize=8.5)
+    return svg(figure)
+
+
+def acceptance(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Share of rounds in which a draft at each depth was accepted, one panel a temperature."""
+    drafted = [run for run in runs if run["acceptance_by_depth"]]
+    first_batch = min(run["batch_size"] for run in runs)
+    temperatures = sorted({run["temperature"] for run in drafted})
+    figure, axes = _figure(len(temperatures))
+    labels = _labels(runs)
+    for axis, temperature in zip(axes, temperatures, strict=True):
+        for run in drafted:
+            if (run["temperature"], run["batch_size"]) != (temperature, first_batch):
+                continue
+            values = run["acceptance_by_depth"]
+            colour = COLOURS[labels.index(run["label"]) % len(COLOURS)]
+            axis.plot(
+                range(1, len(values) + 1), values, "o-", color=colour, label=run["label"],
+                markersize=4,
+            )  # fmt: skip
+        axis.set_ylim(0, 1)
+        axis.set_xlabel("draft depth")
+        axis.set_ylabel("accepted / proposed")
+        axis.set_title(f"Acceptance by depth, temperature {temperature:g}")
+    axes[-1].legend(loc="upper right")
+    return svg(figure)
+
+
+def throughput(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens per second of every repeat, so that the noise can be seen."""
+    figure, axes = _figure(len(_settings(runs)), height=2.9)
+    labels = _labels(runs)
+    for axis, (temperature, batch) in zip(axes, _settings(runs), strict=True):
+        for i, label in enumerate(labels):
+            for run in runs:
+                if (run["label"], run["temperature"], run["batch_size"]) == (
+                    label, temperature, batch,
+                ):  # fmt: skip
+                    tokens = run["stats"]["tokens_emitted"]
+                    values = [tokens / second for second in run["seconds"]]
+                    colour = COLOURS[i % len(COLOURS)]
+                    axis.plot([i] * len(values), values, "o", color=colour, alpha=0.6)
+                    axis.hlines(run["tokens_per_second"], i - 0.25, i + 0.25, color=colour, lw=2)
+        axis.set_xticks(range(len(labels)))
+        axis.set_xticklabels([label.replace(" ", "\n") for label in labels])
+        axis.set_xlim(-0.5, len(labels) - 0.5)
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"Tokens/s, T={temperature:g}, batch {batch}")
+        axis.grid(axis="x", visible=False)
+    return svg(figure)
+
+
+def training_curves(models: Sequence[Mapping[str, Any]]) -> str | None:
+    """Training and evaluation loss of the models that this project trained; None without any."""
+    trained = [model for model in models if model.get("curve")]
+    if not trained:
+        return None
+    figure, axes = _figure(2, height=3.0)
+    for i, model in enumerate(trained):
+        colour = COLOURS[i % len(COLOURS)]
+        train = [(p["step"], p["loss"]) for p in model["curve"]]
+        evals = [(p["step"], p["eval_bits_per_byte"]) for p in model["evaluations"]]
+        if train:
+            axes[0].plot(*zip(*train, strict=True), color=colour, label=model["role"])
+        if evals:
+            axes[1].plot(*zip(*evals, strict=True), "o-", color=colour, label=model["role"])
+    axes[0].set_title("Training loss")
+    axes[0].set_ylabel("nats per token")
+    axes[1].set_title("Held-out loss")
+    axes[1].set_ylabel("bits per byte")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.legend()
+    return svg(figure)

@@ -1,0 +1,73 @@
+"""Turns recorded results into one HTML page with plots; no network, no scripts.
+
+python -m experiments.report --workdir=runs/quickstart
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from absl import flags
+
+from experiments import cli, results
+from models.errors import InputError
+
+FLAGS = flags.FlagValues()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory with results.json.", flag_values=FLAGS)
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def markdown_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The runs as a Markdown table."""
+    lines = [
+        "| method | temperature | batch | tokens/call | tokens/s | speed-up |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r['label']} | {r['temperature']:g} | {r['batch_size']} "
+        f"| {r['tokens_per_target_call']:.2f} | {r['tokens_per_second']:.0f} "
+        f"| {r['speedup']:.2f}x |"
+        for r in runs
+    ]
+    return "\n".join(lines)
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The report of one `results.json` as HTML."""
+    from experiments import plots
+
+    figures = [
+        ("Speed", plots.bars(found["runs"])),
+        ("Acceptance", plots.acceptance(found["runs"])),
+        ("Every repeat", plots.throughput(found["runs"])),
+        ("Models", plots.training_curves(found["models"])),
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
+        found=found, figures=[(title, figure) for title, figure in figures if figure]
+    )
+
+
+def write(workdir: Path) -> Path:
+    """Renders `results.json` of a work directory to `report.html` beside it."""
+    path = workdir / "report.html"
+    results.write_text(path, render(results.read(workdir)))
+    return path
+
+
+def main(argv: list[str]) -> None:
+    cli.no_arguments(argv)
+    if _WORKDIR.value is None:
+        raise InputError("--workdir: missing")
+    print(write(Path(_WORKDIR.value)))
+
+
+if __name__ == "__main__":
+    cli.run_main(main, FLAGS)

@@ -1,0 +1,89 @@
+"""Runs an experiment from a config: trains what is missing, decodes, compares, reports.
+
+    python -m experiments.run --config=experiments/configs/quickstart.py --workdir=runs/quickstart
+
+The work directory receives `config.json`, `results.json`, TensorBoard events and `report.html`. It
+belongs to one config: another one is refused. Trained base models are cached elsewhere and shared.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from experiments import cli
+from models.errors import InputError, check_choice
+
+FLAGS = flags.FlagValues()
+_CONFIG = cli.define_config(
+    FLAGS, "Config file, optionally with a preset: experiments/configs/x.py:preset."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of this run's results.", flag_values=FLAGS
+)
+_FRESH = flags.DEFINE_bool(
+    "fresh", False, "Remove results of an earlier run in --workdir first.", flag_values=FLAGS
+)
+
+# What a run leaves in its work directory, and all that --fresh removes.
+_OUTPUTS = ("config.json", "results.json", "report.html", "tensorboard", "metrics.jsonl")
+
+
+def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
+    """Kinds of experiment by the name that `config.experiment` gives."""
+    from experiments import comparison
+
+    return {"comparison": comparison.run}
+
+
+def execute(config: ConfigDict, workdir: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Runs the experiment of `config` in `workdir` and returns its results.
+
+    Raises:
+      InputError: a work directory in use or of another config, or bad values in the config.
+    """
+    from experiments import report, results
+    from training import checkpoints, metric_writers
+
+    kinds = experiments()
+    check_choice("config.experiment", config.experiment, kinds)
+    with checkpoints.lock(workdir):
+        if fresh:
+            for name in _OUTPUTS:
+                target = workdir / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        checkpoints.claim(workdir, config.to_dict())
+        found = results.header(config.name, config.to_dict())
+        found |= kinds[config.experiment](config, workdir)
+        results.write(workdir, found)
+        writer = metric_writers.create_writer(workdir)
+        for step, record in enumerate(found["runs"]):
+            writer.write_scalars(step, results.scalars(record))
+        writer.write_texts(0, {"results": report.markdown_table(found["runs"])})
+        writer.close()
+        report.write(workdir)
+    return found
+
+
+def main(argv: list[str]) -> None:
+    cli.no_arguments(argv)
+    for flag in (_CONFIG, _WORKDIR):
+        if flag.value is None:
+            raise InputError(f"--{flag.name}: missing")
+    from experiments import comparison
+
+    workdir = Path(_WORKDIR.value)
+    found = execute(_CONFIG.value, workdir, fresh=_FRESH.value)
+    print(comparison.table(found["runs"]))
+    for claim in found["claims"]:
+        mark = "held" if claim.held else "NOT HELD"
+        print(f"[{mark}] {claim.name}: {claim.measured:.4g} (bound {claim.bound})")
+    logging.info("%.0f s in all", found["seconds"])
+    print(f"report: {workdir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    cli.run_main(main, FLAGS)

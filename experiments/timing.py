@@ -1,0 +1,71 @@
+"""Wall-clock time of decoding, measured so that a ratio means something.
+
+Everything that is compared is compiled first, then run in turn, repeat by repeat, so that a slow
+moment of a shared machine falls on all alike; the median of the repeats counts.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from decoding import generation
+from decoding.generation import Row
+from decoding.loop import Method, ModelParams
+from decoding.stopping import StopConfig
+
+
+def decode_all(
+    params: ModelParams,
+    prompts: Sequence[Sequence[int]],
+    method: Method,
+    stop: StopConfig,
+    *,
+    batch_size: int,
+    seed: int = 0,
+) -> list[Row]:
+    """Continues all prompts, `batch_size` rows at a time; row numbers are the prompts'."""
+    rows: list[Row] = []
+    for first in range(0, len(prompts), batch_size):
+        part = prompts[first : first + batch_size]
+        ids = range(first, first + len(part))
+        rows += generation.generate(params, part, method, stop, seed=seed, row_ids=ids)
+    return rows
+
+
+def side_by_side(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, *, label: str = "measuring"
+) -> dict[str, dict[str, Any]]:
+    """Times several callables in turn, after one untimed call of each.
+
+    Args:
+      runs: what to call, by name; each must wait for its own result.
+      repeats: timed calls of each.
+      label: of the progress bar on standard error.
+
+    Returns:
+      By name: `result` of the first call, `seconds` of every repeat and their `median`.
+    """
+    measured: dict[str, dict[str, Any]] = {}
+    with tqdm(total=len(runs) * (repeats + 1), desc=label, leave=False) as bar:
+        for name, run in runs.items():
+            bar.set_postfix_str(f"compile {name}")
+            measured[name] = {"result": run(), "seconds": []}
+            bar.update()
+        for _ in range(repeats):
+            for name, run in runs.items():
+                bar.set_postfix_str(name)
+                begin = time.perf_counter()
+                run()
+                measured[name]["seconds"].append(time.perf_counter() - begin)
+                bar.update()
+    for entry in measured.values():
+        entry["median"] = statistics.median(entry["seconds"])
+    return measured
+
+
+def speedup(baseline: Sequence[float], other: Sequence[float]) -> float:
+    """Median over repeats of baseline time / other time, repeat by repeat."""
+    return statistics.median(b / o for b, o in zip(baseline, other, strict=True))
