@@ -40,11 +40,21 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """New tokens of one row, as `stream` yields them."""
+    """New tokens of one row, as `stream` yields them.
+
+    Attributes:
+      row: which prompt.
+      token_ids: the tokens since the row's last event.
+      finished: the whole row when these were its last tokens, else None.
+    """
 
     row: int
     token_ids: list[int]
-    done: bool
+    finished: Row | None
+
+    @property
+    def done(self) -> bool:
+        return self.finished is not None
 
 
 def cache_slots(needed: int) -> int:
@@ -138,6 +148,10 @@ def begin(
     slots = cache_slots(max(padded, longest - 1 + method.lookahead))
     inputs = (tokens, lengths, randomness.row_keys(seed, jnp.asarray(ids)))
     if mesh is not None:
+        if len(prompts) % mesh.shape["data"]:
+            raise InputError(
+                f"mesh: {len(prompts)} rows do not divide over {mesh.shape['data']} data devices"
+            )
         inputs = jax.device_put(inputs, sharding.batch_sharding(mesh))
     state = loop.start(
         params,
@@ -249,7 +263,8 @@ def stream(
             end = int(host.lengths[row])
             done = int(host.reason[row]) != stopping.RUNNING
             if end > sent[row] or (done and not finished[row]):
-                yield Event(row, host.tokens[row, sent[row] : end].tolist(), done)
+                new = host.tokens[row, sent[row] : end].tolist()
+                yield Event(row, new, _row(host, row) if done else None)
                 sent[row], finished[row] = end, done
 
 

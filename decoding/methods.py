@@ -155,7 +155,7 @@ def _parse(key: str, value: Any, option: Option) -> Any:
             raise ValueError
         else:
             parsed = kind(value)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise InputError(f"{key}: {value!r} is not of type {kind.__name__}") from None
     if option.choices:
         check_choice(key, parsed, option.choices)
@@ -182,6 +182,12 @@ def build(
       InputError: unknown method or option, a missing model, or vocabularies that differ.
     """
     method = spec(name)
+    for role, config in configs.items():
+        if not config.causal:
+            raise InputError(
+                f"method {name} writes from left to right; the {role} model ({config.family}) is "
+                "bidirectional; allowed: causal models"
+            )
     for role in method.roles:
         if role not in configs:
             raise InputError(f"method {name} needs a {role} model; given: {', '.join(configs)}")

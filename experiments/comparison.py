@@ -5,6 +5,7 @@ losslessness, and returns what `experiments.report` draws.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -103,17 +104,20 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             for label, entry in entries.items()
         }
         for batch_size in config.decode.batch_sizes:
-            measured = timing.side_by_side(
-                {
-                    label: lambda method=method, batch_size=batch_size: timing.decode_all(
-                        models.params, prompts, method, stop, batch_size=batch_size,
-                        seed=config.seed,
-                    )
-                    for label, method in built.items()
-                },
-                config.decode.repeats,
-                label=f"temperature {temperature:g}, batch {batch_size}",
-            )  # fmt: skip
+            runs = {
+                label: functools.partial(
+                    timing.decode_all,
+                    models.params,
+                    prompts,
+                    method,
+                    stop,
+                    batch_size=batch_size,
+                    seed=config.seed,
+                )
+                for label, method in built.items()
+            }
+            where = f"temperature {temperature:g}, batch {batch_size}"
+            measured = timing.side_by_side(runs, config.decode.repeats, label=where)
             baseline = measured[config.decode.methods[0].label]
             for label, entry in entries.items():
                 records.append(

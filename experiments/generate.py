@@ -189,15 +189,21 @@ def _sampling() -> "SamplingConfig":
 def _stream(
     params: "ModelParams", prompt: "Prompt", tokenizer: "Tokenizer | None", run: dict[str, Any]
 ) -> None:
-    """Prints one row as it comes."""
+    """Prints one row as it comes, then its stats."""
     from decoding import generation
 
+    finished: list[Row] = []
+
+    def events() -> "Iterator[Event]":
+        for event in generation.stream(params, [prompt.ids], row_ids=[0], **run):
+            finished.extend([event.finished] if event.finished else [])
+            yield event
+
     header = _header(prompt, 0, tokenizer) + "\n"
-    events = generation.stream(params, [prompt.ids], row_ids=[0], **run)
-    for piece in pieces(events, prompt, tokenizer):
+    for piece in pieces(events(), prompt, tokenizer):
         print(header + piece, end="", flush=True)
         header = ""
-    print()
+    print("\n" + _stats_line(finished[0]))
 
 
 def _load_tokenizer(config: "TransformerConfig") -> "Tokenizer | None":
@@ -284,6 +290,11 @@ def _json_line(row: "Row", prompt: "Prompt", sample: int, tokenizer: "Tokenizer 
 
 def _readable(row: "Row", prompt: "Prompt", sample: int, tokenizer: "Tokenizer | None") -> str:
     """A row for people: prompt, continuation and a line of stats."""
+    text = _text_of(row.token_ids, prompt, tokenizer)
+    return f"{_header(prompt, sample, tokenizer)}\n{text}\n{_stats_line(row)}"
+
+
+def _stats_line(row: "Row") -> str:
     stats = _stats(row)
     line = (
         f"--- {stats['tokens_emitted']} tokens in {stats['target_calls']} target calls "
@@ -294,8 +305,7 @@ def _readable(row: "Row", prompt: "Prompt", sample: int, tokenizer: "Tokenizer |
     if stats["acceptance_by_depth"]:
         shares = " ".join(f"{share:.0%}" for share in stats["acceptance_by_depth"])
         line += f", accepted by depth {shares}"
-    text = _text_of(row.token_ids, prompt, tokenizer)
-    return f"{_header(prompt, sample, tokenizer)}\n{text}\n{line}, ended by {row.finish_reason} ---"
+    return f"{line}, ended by {row.finish_reason} ---"
 
 
 def _header(prompt: "Prompt", sample: int, tokenizer: "Tokenizer | None") -> str:

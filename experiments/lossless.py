@@ -14,6 +14,10 @@ from decoding.stopping import StopConfig
 from models import transformer
 from models.config import TransformerConfig
 
+_MIN_EXPECTED = 8
+# First tokens whose continuations are enumerated; all others are one cell.
+_FIRST_TOKENS = 64
+
 
 def pair_distribution(
     config: TransformerConfig,
@@ -40,6 +44,36 @@ def pair_distribution(
     return likeliest, first[likeliest, None] * next_probs(texts)
 
 
+def pool(counts: np.ndarray, expected: np.ndarray, total: float) -> tuple[np.ndarray, np.ndarray]:
+    """Joins cells, likeliest first, into bins with an expected count of at least 8.
+
+    Args:
+      counts: observed, float [n].
+      expected: float [n]; together at most `total`, the rest being one more cell.
+      total: number of samples.
+
+    Returns:
+      Observed and expected counts of the bins.
+    """
+    order = np.argsort(-expected, kind="stable")
+    bins: list[list[float]] = [[0.0, 0.0]]
+    for seen, wanted in zip(counts[order], expected[order], strict=True):
+        if bins[-1][1] >= _MIN_EXPECTED:
+            bins.append([0.0, 0.0])
+        bins[-1][0] += seen
+        bins[-1][1] += wanted
+    rest = [total - counts.sum(), total - expected.sum()]
+    if bins[-1][1] < _MIN_EXPECTED:
+        last = bins.pop()
+        rest = [rest[0] + last[0], rest[1] + last[1]]
+    if rest[1] >= _MIN_EXPECTED or not bins:
+        bins.append(rest)
+    else:
+        bins[-1] = [bins[-1][0] + rest[0], bins[-1][1] + rest[1]]
+    observed, wanted = np.asarray(bins).T
+    return observed, wanted
+
+
 def chi_square(
     method: Method,
     params: ModelParams,
@@ -53,12 +87,12 @@ def chi_square(
 ) -> Mapping[str, Any]:
     """Compares sampled two-token continuations with their exact distribution.
 
-    Cells with an expected count under 5 are pooled into one.
+    Cells are pooled into bins of at least 8 expected samples, see `pool`.
 
     Returns:
       statistic, degrees of freedom, p_value and the number of samples.
     """
-    likeliest, joint = pair_distribution(config, params["target"], prompt, sampling, 32)
+    likeliest, joint = pair_distribution(config, params["target"], prompt, sampling, _FIRST_TOKENS)
     rank = {int(token): i for i, token in enumerate(likeliest)}
     counts = np.zeros_like(joint)
     stop = StopConfig(max_new_tokens=2, max_position=config.max_position)
@@ -71,15 +105,7 @@ def chi_square(
             one, two = row.token_ids
             if one in rank:
                 counts[rank[one], two] += 1
-    expected = joint * samples
-    kept = expected >= 5
-    observed = np.append(counts[kept], samples - counts[kept].sum())
-    wanted = np.append(expected[kept], samples - expected[kept].sum())
-    if wanted[-1] < 5:  # too small a rest: it joins the smallest cell
-        smallest = int(np.argmin(wanted[:-1]))
-        observed[smallest] += observed[-1]
-        wanted[smallest] += wanted[-1]
-        observed, wanted = observed[:-1], wanted[:-1]
+    observed, wanted = pool(counts.ravel(), joint.ravel() * samples, samples)
     statistic = float(((observed - wanted) ** 2 / wanted).sum())
     freedom = len(wanted) - 1
     return {

@@ -1,7 +1,8 @@
-"""The figures of a report, as SVG text. One look for all of them."""
+"""The figures of a report. One look for all of them."""
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -13,40 +14,46 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: distinct for colour-blind readers too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-_STYLE = {
-    "figure.dpi": 110,
-    "font.size": 10,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "tokenloom",
-}
+plt.rcParams.update(
+    {
+        "figure.dpi": 110,
+        "font.size": 10,
+        "font.family": "sans-serif",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e6e6e6",
+        "legend.frameon": False,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "tokenloom",
+    }
+)
 
 
 def _figure(columns: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(
-            1, columns, figsize=(4.6 * columns, height), layout="constrained", squeeze=False
-        )
+    figure, axes = plt.subplots(
+        1, columns, figsize=(4.6 * columns, height), layout="constrained", squeeze=False
+    )
     return figure, list(axes[0])
 
 
 def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element, and closes it."""
     buffer = io.StringIO()
-    with plt.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """The figure as a picture file, and closes it."""
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -57,7 +64,7 @@ def _settings(runs: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
     return sorted({(run["temperature"], run["batch_size"]) for run in runs})
 
 
-def bars(runs: Sequence[Mapping[str, Any]]) -> str:
+def bars(runs: Sequence[Mapping[str, Any]]) -> Figure:
     """Speed-up and tokens per target call, grouped by temperature and batch size."""
     figure, axes = _figure(2)
     labels, settings = _labels(runs), _settings(runs)
@@ -81,11 +88,12 @@ def bars(runs: Sequence[Mapping[str, Any]]) -> str:
         axis.set_title(title)
         axis.grid(axis="x", visible=False)
         axis.margins(y=0.15)
-    axes[1].legend(loc="upper right", fontsize=8.5)
-    return svg(figure)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    return figure
 
 
-def acceptance(runs: Sequence[Mapping[str, Any]]) -> str:
+def acceptance(runs: Sequence[Mapping[str, Any]]) -> Figure:
     """Share of rounds in which a draft at each depth was accepted, one panel a temperature."""
     drafted = [run for run in runs if run["acceptance_by_depth"]]
     first_batch = min(run["batch_size"] for run in runs)
@@ -107,10 +115,10 @@ def acceptance(runs: Sequence[Mapping[str, Any]]) -> str:
         axis.set_ylabel("accepted / proposed")
         axis.set_title(f"Acceptance by depth, temperature {temperature:g}")
     axes[-1].legend(loc="upper right")
-    return svg(figure)
+    return figure
 
 
-def throughput(runs: Sequence[Mapping[str, Any]]) -> str:
+def throughput(runs: Sequence[Mapping[str, Any]]) -> Figure:
     """Tokens per second of every repeat, so that the noise can be seen."""
     figure, axes = _figure(len(_settings(runs)), height=2.9)
     labels = _labels(runs)
@@ -131,10 +139,10 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> str:
         axis.set_ylim(bottom=0)
         axis.set_title(f"Tokens/s, T={temperature:g}, batch {batch}")
         axis.grid(axis="x", visible=False)
-    return svg(figure)
+    return figure
 
 
-def training_curves(models: Sequence[Mapping[str, Any]]) -> str | None:
+def training_curves(models: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Training and evaluation loss of the models that this project trained; None without any."""
     trained = [model for model in models if model.get("curve")]
     if not trained:
@@ -148,11 +156,11 @@ def training_curves(models: Sequence[Mapping[str, Any]]) -> str | None:
             axes[0].plot(*zip(*train, strict=True), color=colour, label=model["role"])
         if evals:
             axes[1].plot(*zip(*evals, strict=True), "o-", color=colour, label=model["role"])
-    axes[0].set_title("Training loss")
+    axes[0].set_title("Training objective (drafts: half distillation)")
     axes[0].set_ylabel("nats per token")
     axes[1].set_title("Held-out loss")
     axes[1].set_ylabel("bits per byte")
     for axis in axes:
         axis.set_xlabel("step")
         axis.legend()
-    return svg(figure)
+    return figure

@@ -41,7 +41,7 @@ def render(found: Mapping[str, Any]) -> str:
         ("Speed", plots.bars(found["runs"])),
         ("Acceptance", plots.acceptance(found["runs"])),
         ("Every repeat", plots.throughput(found["runs"])),
-        ("Models", plots.training_curves(found["models"])),
+        ("Training", plots.training_curves(found["models"])),
     ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -51,14 +51,18 @@ def render(found: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html").render(
-        found=found, figures=[(title, figure) for title, figure in figures if figure]
+        found=found, figures=[(title, plots.svg(figure)) for title, figure in figures if figure]
     )
 
 
 def write(workdir: Path) -> Path:
-    """Renders `results.json` of a work directory to `report.html` beside it."""
+    """Renders `results.json` of a work directory to `report.html` and `speed.png` beside it."""
+    from experiments import plots
+
     path = workdir / "report.html"
-    results.write_text(path, render(results.read(workdir)))
+    found = results.read(workdir)
+    results.write_text(path, render(found))
+    plots.write_png(plots.bars(found["runs"]), workdir / "speed.png")
     return path
 
 

@@ -6,6 +6,7 @@ The work directory receives `config.json`, `results.json`, TensorBoard events an
 belongs to one config: another one is refused. Trained base models are cached elsewhere and shared.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,9 @@ _FRESH = flags.DEFINE_bool(
 )
 
 # What a run leaves in its work directory, and all that --fresh removes.
-_OUTPUTS = ("config.json", "results.json", "report.html", "tensorboard", "metrics.jsonl")
+_OUTPUTS = (
+    "config.json", "results.json", "report.html", "speed.png", "tensorboard", "metrics.jsonl",
+)  # fmt: skip
 
 
 def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
@@ -55,8 +58,9 @@ def execute(config: ConfigDict, workdir: Path, *, fresh: bool = False) -> dict[s
             for name in _OUTPUTS:
                 target = workdir / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        checkpoints.claim(workdir, config.to_dict())
-        found = results.header(config.name, config.to_dict())
+        plain = json.loads(config.to_json())  # to_dict leaves configs inside tuples as they are
+        checkpoints.claim(workdir, plain)
+        found = results.header(config.name, plain)
         found |= kinds[config.experiment](config, workdir)
         results.write(workdir, found)
         writer = metric_writers.create_writer(workdir)
@@ -70,9 +74,8 @@ def execute(config: ConfigDict, workdir: Path, *, fresh: bool = False) -> dict[s
 
 def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
-    for flag in (_CONFIG, _WORKDIR):
-        if flag.value is None:
-            raise InputError(f"--{flag.name}: missing")
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise InputError(f"--{'config' if _CONFIG.value is None else 'workdir'}: missing")
     from experiments import comparison
 
     workdir = Path(_WORKDIR.value)

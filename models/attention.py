@@ -46,7 +46,9 @@ def attend(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask[:, None, None], scores, _HIDDEN)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    # The maximum only keeps the exponential in range: it has no gradient.
+    highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1)
     # Dividing the H-wide result rather than the S-wide weights saves a pass over the scores.
     mixed = jax.lax.dot_general(

@@ -23,6 +23,14 @@ _ACTIVATIONS = {
 }
 
 
+def _into_residual(config: TransformerConfig) -> Any:
+    """Initialiser of projections that write to the residual stream (GPT-2's 0.02 / sqrt(2 L)).
+
+    Small, so that token embeddings are not drowned by the blocks before these learn anything.
+    """
+    return nn.initializers.normal(0.02 * (2 * config.num_layers) ** -0.5)
+
+
 def _initializer(*fan_in_axes: int) -> Any:
     """Truncated normal of variance 1 / fan-in, the fan-in being the product of the given axes."""
 
@@ -62,13 +70,13 @@ class Dense(nn.Module):
     features: tuple[int, ...]
     contract: int = 1
     use_bias: bool = False
+    init: Any = None
 
     @nn.compact
     def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
         inputs = x.shape[x.ndim - self.contract :]
-        kernel = self.param(
-            "kernel", _initializer(*range(self.contract)), (*inputs, *self.features)
-        ).astype(x.dtype)
+        init = self.init or _initializer(*range(self.contract))
+        kernel = self.param("kernel", init, (*inputs, *self.features)).astype(x.dtype)
         axes = (tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract)))
         y = jax.lax.dot_general(x, kernel, (axes, ((), ())))
         if self.use_bias:
@@ -98,7 +106,9 @@ class Attention(nn.Module):
         config = self.config
         G, K, H = config.queries_per_kv, config.num_kv_heads, config.head_dim
         qkv = Dense((K, G + 2, H), use_bias=config.qkv_bias, name="qkv")(x)
-        queries, keys, values = qkv[..., :G, :], qkv[..., G, :], qkv[..., G + 1, :]
+        # Splits, not slices: the gradient of a slice is a padding of the whole.
+        queries, keys, values = jnp.split(qkv, [G, G + 1], axis=-2)
+        keys, values = keys[..., 0, :], values[..., 0, :]
         if config.qk_norm:
             queries = Norm(config, name="query_norm")(queries)
             keys = Norm(config, name="key_norm")(keys)
@@ -111,7 +121,7 @@ class Attention(nn.Module):
             assert start is not None
             new = (kv.write(store[0], new[0], start), kv.write(store[1], new[1], start))
         mixed = attend(queries, *new, mask, scale=config.scale, softcap=config.attention_softcap)
-        out = Dense((config.embed_dim,), contract=3, use_bias=config.out_bias, name="out")
+        out = Dense((config.embed_dim,), 3, config.out_bias, _into_residual(config), name="out")
         return out(mixed), new
 
 
@@ -127,10 +137,12 @@ class MLP(nn.Module):
         F, bias = config.mlp_dim, config.mlp_bias
         if config.gated_mlp:
             both = Dense((2, F), use_bias=bias, name="gate_up")(x)
-            inner = activation(both[..., 0, :]) * both[..., 1, :]
+            gate, up = (part[..., 0, :] for part in jnp.split(both, 2, axis=-2))
+            inner = activation(gate) * up
         else:
             inner = activation(Dense((F,), use_bias=bias, name="up")(x))
-        return Dense((config.embed_dim,), use_bias=bias, name="down")(inner)
+        down = Dense((config.embed_dim,), 1, bias, _into_residual(config), name="down")
+        return down(inner)
 
 
 class ExpertDense(nn.Module):

@@ -5,6 +5,7 @@ out. Layers are unrolled, so that any range of them can be run alone: early exit
 and pruning at a layer are calls with other arguments.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,9 @@ class Embedder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        normal = nn.initializers.normal(0.02 if config.tie_embeddings else 1.0)
+        # Tied, embeddings are also the kernel of the logits, which are then of order one.
+        tied = config.embed_dim**-0.5
+        normal = nn.initializers.normal(tied if config.tie_embeddings else 1.0)
         shape = (config.vocab_size, config.embed_dim)
         self.embedding = self.param("embedding", normal, shape)
         if config.positions == "learned":
@@ -157,6 +160,7 @@ class Transformer(nn.Module):
         return self.unembed(self.normalise(x))
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init(config: TransformerConfig, key: jax.Array) -> Params:
     """Random float32 parameters: nested dicts named as in `models.sharding`'s table."""
     return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]

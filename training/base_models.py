@@ -95,18 +95,18 @@ def _recipe(
 
 
 RECIPES = {
-    "code_target": _recipe("stdlib_code", 1024, 6, 256, 140, learning_rate=4e-3),
+    "code_target": _recipe("stdlib_code", 1024, 6, 256, 150, learning_rate=2e-3),
     "code_draft": _recipe(
-        "stdlib_code", 1024, 1, 128, 120, learning_rate=8e-3, distilled_from="code_target"
+        "stdlib_code", 1024, 1, 128, 120, learning_rate=4e-3, distilled_from="code_target"
     ),
     # For smoke runs: seconds of training, no claim to quality.
     "tiny_target": _recipe("stdlib_code", 512, 2, 64, 8, learning_rate=4e-3),
     "tiny_draft": _recipe(
         "stdlib_code", 512, 1, 64, 8, learning_rate=4e-3, distilled_from="tiny_target"
     ),
-    "arithmetic_target": _recipe("arithmetic", 384, 4, 256, 200, learning_rate=3e-3),
+    "arithmetic_target": _recipe("arithmetic", 384, 4, 256, 200, learning_rate=2e-3),
     "arithmetic_draft": _recipe(
-        "arithmetic", 384, 1, 64, 200, learning_rate=8e-3, distilled_from="arithmetic_target"
+        "arithmetic", 384, 1, 64, 200, learning_rate=4e-3, distilled_from="arithmetic_target"
     ),
 }
 

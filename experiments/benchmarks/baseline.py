@@ -274,6 +274,7 @@ def memory(config: TransformerConfig, params: transformer.Params) -> dict[str, f
             weights, state, np.int32(1), method=method, stop=stop, slots=slots
         ).compile()
         usage = compiled.memory_analysis()
+        assert usage is not None
         peak = (
             usage.argument_size_in_bytes
             + usage.output_size_in_bytes

@@ -21,11 +21,11 @@ from tests.decoding import tiny
 GREEDY = [
     ("autoregressive", {}),
     ("prompt_lookup", {"num_draft": 1}),
-    ("prompt_lookup", {"num_draft": 5, "max_ngram": 2}),
-    ("prompt_lookup", {"num_draft": 8, "min_ngram": 2}),
+    ("prompt_lookup", {}),
+    ("prompt_lookup", {"num_draft": 8, "max_ngram": 2, "min_ngram": 2}),
     ("speculative_sampling", {"num_draft": 1}),
     ("speculative_sampling", {"num_draft": 2, "rule": "exact_match"}),
-    ("speculative_sampling", {"num_draft": 5}),
+    ("speculative_sampling", {}),
     ("speculative_sampling", {"num_draft": 8, "draft_temperature": 0.7}),
 ]
 
@@ -182,9 +182,7 @@ def test_the_chi_square_rejects_a_rule_without_the_residual(monkeypatch):
     drafter = model_drafter(tiny.SMALL_DRAFT, 2, sampling, 1)
     assert drafter.samples
     monkeypatch.setattr(verification, "residual", wrong_rule)
-    method = speculative(
-        "without_residual", tiny.SMALL, drafter, "speculative_sampling", sampling
-    )
+    method = speculative("without_residual", tiny.SMALL, drafter, "speculative_sampling", sampling)
     assert p_value(sampled(method), laws(sampling)) < 1e-9
 
 
@@ -196,7 +194,7 @@ def test_the_chi_square_rejects_the_law_of_another_temperature():
 
 def test_the_draft_speaks_differently_than_the_target():
     """Else rejection would hardly be tried."""
-    rows = [prompt + [token] for prompt in PROMPTS for token in range(V)]
+    rows = [[*prompt, token] for prompt in PROMPTS for token in range(V)]
     p, q = (
         special.softmax(tiny.last_logits(config, MODELS[role], rows, width=16), axis=-1)
         for role, config in tiny.SMALL_CONFIGS.items()

@@ -74,7 +74,7 @@ def test_proposed_by_depth_counts_a_depth_once():
 # --- Scoring -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["base", "local", "learned_positions"])
+@pytest.mark.parametrize("name", ["local", "learned_positions"])
 def test_scoring_a_tree_is_running_every_path_alone(name):
     """Rows of different lengths, sliding windows shorter than the tree is wide included."""
     config = random_models.CASES[name].replace(window=3 if name == "local" else None)
@@ -244,7 +244,7 @@ def test_a_rule_that_needs_q_refuses_a_drafter_that_has_none():
     drafter = tiny.branching_drafter(tiny.PARENTS, 5, False)
     with pytest.raises(InputError, match="rule: 'speculative_sampling' needs drafts sampled"):
         speculative("x", tiny.SMALL, drafter, "speculative_sampling", SamplingConfig(1.0))
-    with pytest.raises(InputError, match="rule: 'exact_mach' is not known .*'exact_match'"):
+    with pytest.raises(InputError, match=r"rule: 'exact_mach' is not known .*'exact_match'"):
         speculative("x", tiny.SMALL, drafter, "exact_mach", SamplingConfig(1.0))
 
 
@@ -282,8 +282,7 @@ def assert_cache_is_a_prefill(cache: kv.KVCache, state: loop.DecodeState, role: 
             np.testing.assert_allclose(found[b, :, :length], expected[b, :, :length], atol=1e-4)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("random", [False, True], ids=["computed", "random"])
+@pytest.mark.parametrize("temperature,random", [(0.0, True), (1.0, True), (1.0, False)])
 def test_branching_drafts_give_the_text_of_plain_decoding(temperature, random):
     config = SamplingConfig(temperature)
     drafter = tiny.branching_drafter(tiny.PARENTS, 5, random)
@@ -291,15 +290,11 @@ def test_branching_drafts_give_the_text_of_plain_decoding(temperature, random):
     plain = jax.device_get(run(autoregressive(tiny.SMALL, config)))
     state = run(method, until=5)
     np.testing.assert_array_equal(state.inner.target.lengths, state.lengths - 1)
-    assert_cache_is_a_prefill(
-        state.inner.target, state, "target", np.asarray(state.lengths) - 1
-    )
+    assert_cache_is_a_prefill(state.inner.target, state, "target", np.asarray(state.lengths) - 1)
     state = run(method)
     np.testing.assert_array_equal(state.tokens, plain.tokens)
     np.testing.assert_array_equal(state.lengths, plain.lengths)
-    assert_cache_is_a_prefill(
-        state.inner.target, state, "target", np.asarray(state.lengths) - 1
-    )
+    assert_cache_is_a_prefill(state.inner.target, state, "target", np.asarray(state.lengths) - 1)
     accepted = np.asarray(state.stats.accepted).sum(axis=0)
     assert (accepted[:2] > 0).all()
     assert (state.stats.target_calls < 24).all()
@@ -329,9 +324,7 @@ def test_the_drafts_cache_stays_in_step_with_the_text(temperature):
         state = run(method, until)
         lengths = np.asarray(state.lengths)
         assert np.asarray(state.active).all()
-        assert_cache_is_a_prefill(
-            state.inner.drafter, state, "draft", np.maximum(lengths - 2, 0)
-        )
+        assert_cache_is_a_prefill(state.inner.drafter, state, "draft", np.maximum(lengths - 2, 0))
         np.testing.assert_array_equal(state.inner.target.lengths, lengths - 1)
         assert_cache_is_a_prefill(state.inner.target, state, "target", lengths - 1)
     by_depth = np.asarray(state.stats.accepted).sum(axis=0)
@@ -385,18 +378,20 @@ def naive_continuation(text, num_draft, max_ngram, min_ngram):
 @pytest.mark.parametrize("max_ngram,min_ngram", [(3, 1), (2, 2), (4, 3)])
 @pytest.mark.parametrize("vocab", [2, 4])
 def test_find_continuation(max_ngram, min_ngram, vocab):
-    rng, rows, width, E = np.random.default_rng(0), 200, 14, 4
+    rng, rows, width, E = np.random.default_rng(0), 500, 14, 4
     tokens = rng.integers(0, vocab, (rows, width))
     lengths = rng.integers(1, width + 1, rows)
     tokens[np.arange(width) >= lengths[:, None]] = 0
     find = jax.jit(ngram.find_continuation, static_argnums=(2, 3, 4))
-    drafts, exist = find(jnp.asarray(tokens), jnp.asarray(lengths), E, max_ngram, min_ngram)
+    drafts, exist = map(
+        np.asarray, find(jnp.asarray(tokens), jnp.asarray(lengths), E, max_ngram, min_ngram)
+    )
     found = set()
     for b in range(rows):
         text = tokens[b, : lengths[b]].tolist()
         expected = naive_continuation(text, E, max_ngram, min_ngram)
-        assert np.asarray(exist)[b].sum() == len(expected)
-        assert np.asarray(drafts)[b][np.asarray(exist)[b]].tolist() == expected
+        assert exist[b].sum() == len(expected)
+        assert drafts[b][exist[b]].tolist() == expected
         found.add(len(expected))
     assert found == {0, 1, 2, 3, 4}
 

@@ -43,8 +43,7 @@ def test_cut_agrees_with_the_loop(eos_ids, limits):
     count = rng.integers(1, 6, rows)
     kept, reason = stopping.cut(*map(jnp.asarray, (tokens, count, length, prompt)), config)
     expected = [
-        naive_cut(tokens[b, : count[b]].tolist(), length[b], prompt[b], config)
-        for b in range(rows)
+        naive_cut(tokens[b, : count[b]].tolist(), length[b], prompt[b], config) for b in range(rows)
     ]
     np.testing.assert_array_equal(np.stack([kept, reason], axis=1), expected)
     assert config.max_new_tokens == 1 or len(np.unique(reason)) >= 2
@@ -109,6 +108,5 @@ def test_an_eos_in_the_middle_of_a_block_cuts_it():
     kept = [len(row.token_ids) for row in cut]
     ended = [row.finish_reason == "eos" for row in cut]
     assert any(d > k and e for d, k, e in zip(decided, kept, ended, strict=True))
-    assert [row.token_ids[: len(short.token_ids)] for row, short in zip(free, cut, strict=True)] == (
-        tiny.texts(cut)
-    )
+    for row, shorter in zip(free, cut, strict=True):
+        assert row.token_ids[: len(shorter.token_ids)] == shorter.token_ids

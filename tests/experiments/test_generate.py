@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import generation, methods
-from decoding.generation import Event
+from decoding.generation import Event, Row
 from decoding.sampling import SamplingConfig
 from experiments import cli, generate, loading
 from models import hf_checkpoint, sizes, transformer
@@ -277,7 +277,10 @@ def test_streamed_text_is_the_text(run, rows, directories, extra):
     arguments = [f"--checkpoint={directories.target}", "--prompt=東", "--max_new_tokens=60", *extra]
     status, out, err = run(*arguments, "--stream")
     assert (status, err) == (0, "")
-    assert out == f"=== prompt 0, sample 0\n東\n--- continuation\n{rows(*arguments)[0]['text']}\n"
+    row = rows(*arguments)[0]
+    *text, stats = out.removesuffix("\n").split("\n")
+    assert "\n".join(text) == f"=== prompt 0, sample 0\n東\n--- continuation\n{row['text']}"
+    assert stats.startswith(f"--- {row['stats']['tokens_emitted']} tokens in ")
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +326,8 @@ def test_pieces_never_break_a_character(byte_tokenizers, which, text, noise, cut
     rest, events = ids[cut:], []
     while rest:
         size = data.draw(st.integers(1, len(rest)))
-        events.append(Event(0, rest[:size], size == len(rest)))
+        last = Row(prompt.ids, ids[cut:], "length", {}) if size == len(rest) else None
+        events.append(Event(0, rest[:size], last))
         rest = rest[size:]
     sent = list(generate.pieces(events, prompt, tokenizer))
     expected = loading.continuation(tokenizer, prompt.ids, ids[cut:])
