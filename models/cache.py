@@ -50,10 +50,6 @@ def create(
     )
 
 
-# Up to here one slice update a row is no slower than a scatter, and never copies the cache.
-_UNROLLED_ROWS = 16
-
-
 def write(store: jnp.ndarray, update: jnp.ndarray, start: jnp.ndarray) -> jnp.ndarray:
     """Writes T tokens of one layer at each row's own slot.
 
@@ -68,14 +64,9 @@ def write(store: jnp.ndarray, update: jnp.ndarray, start: jnp.ndarray) -> jnp.nd
     update = update.astype(store.dtype)
     if store.ndim == 3:
         return jax.lax.dynamic_update_slice(store, update[0], (0, start[0], 0))
-    if store.shape[0] > _UNROLLED_ROWS:
-        return jax.vmap(
-            lambda row, new, first: jax.lax.dynamic_update_slice(row, new, (0, first, 0))
-        )(store, update, start)
-    for row in range(store.shape[0]):
-        at = (row, 0, start[row], 0)
-        store = jax.lax.dynamic_update_slice(store, update[row : row + 1], at)
-    return store
+    return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice(row, new, (0, first, 0)))(
+        store, update, start
+    )
 
 
 def commit(cache: KVCache, path: jnp.ndarray, count: jnp.ndarray) -> KVCache:

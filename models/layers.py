@@ -70,12 +70,12 @@ class Dense(nn.Module):
     features: tuple[int, ...]
     contract: int = 1
     use_bias: bool = False
-    init: Any = None
+    kernel_init: Any = None
 
     @nn.compact
     def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
         inputs = x.shape[x.ndim - self.contract :]
-        init = self.init or _initializer(*range(self.contract))
+        init = self.kernel_init or _initializer(*range(self.contract))
         kernel = self.param("kernel", init, (*inputs, *self.features)).astype(x.dtype)
         axes = (tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract)))
         y = jax.lax.dot_general(x, kernel, (axes, ((), ())))

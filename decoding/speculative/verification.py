@@ -35,15 +35,15 @@ class Verdict(struct.PyTreeNode):
 Rule = Callable[[DraftTree, jnp.ndarray, jax.Array, jnp.ndarray, SamplingConfig], Verdict]
 
 
+# What a walk down the tree carries: the node [B] it stands at, and whether it still goes on [B];
+# and what each depth gives: node, token, whether the depth was reached.
+_Walk = tuple[jnp.ndarray, jnp.ndarray]
+_Step = tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]
+
+
 def _rows(values: jnp.ndarray, index: jnp.ndarray) -> jnp.ndarray:
     """values[b, index[b]]: [B, N, ...] and int [B] -> [B, ...]."""
     return jax.vmap(lambda row, i: row[i])(values, index)
-
-
-def _collect(steps: list[tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]]) -> Verdict:
-    """Stacks (node, token, going) of each depth; a depth counts while `going` [B] held."""
-    nodes, tokens, going = (jnp.stack(part, axis=1) for part in zip(*steps, strict=True))
-    return Verdict(nodes, going.sum(axis=1).astype(jnp.int32), tokens)
 
 
 def exact_match(
@@ -65,20 +65,24 @@ def exact_match(
       positions: int [B], position of the first token to emit (the row's length).
       sampling: how the target's token is drawn.
     """
-    node = jnp.zeros(tree.tokens.shape[:1], jnp.int32)
-    going = jnp.ones(node.shape, bool)
-    steps = []
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32) if sampling.greedy else None
-    for depth in range(tree.max_depth + 1):
+
+    def descend(carry: _Walk, depth: jnp.ndarray) -> tuple[_Walk, _Step]:
+        node, going = carry
         if greedy is not None:
             token = _rows(greedy, node)
         else:
             token = draw(_rows(logits, node), keys, positions + depth, sampling)
-        steps.append((node, token, going))
         match = tree.valid & (tree.parent == node[:, None]) & (tree.tokens == token[:, None])
-        going = going & match.any(axis=1)
-        node = jnp.where(going, match.argmax(axis=1), node).astype(jnp.int32)
-    return _collect(steps)
+        further = going & match.any(axis=1)
+        next_node = jnp.where(further, match.argmax(axis=1), node).astype(jnp.int32)
+        return (next_node, further), (node, token, going)
+
+    start = (jnp.zeros(positions.shape, jnp.int32), jnp.ones(positions.shape, bool))
+    # A loop, not a copy of the body a depth: a round is compiled in a fraction of the time.
+    _, steps = jax.lax.scan(descend, start, jnp.arange(tree.max_depth + 1))
+    path, tokens, reached = (step.swapaxes(0, 1) for step in steps)
+    return Verdict(path, reached.sum(axis=1).astype(jnp.int32), tokens)
 
 
 def speculative_sampling(
@@ -97,29 +101,35 @@ def speculative_sampling(
     """
     if tree.log_q is None:
         raise ValueError("speculative_sampling needs a drafter that returns log_q")
-    node = jnp.zeros(tree.tokens.shape[:1], jnp.int32)
-    going = jnp.ones(node.shape, bool)
-    steps = []
-    for depth in range(tree.max_depth + 1):
-        at = positions + depth
-        log_p = log_probs(_rows(logits, node), sampling)
-        if depth < tree.max_depth:
-            child = tree.valid & (tree.parent == node[:, None])
-            exists, next_node = child.any(axis=1), child.argmax(axis=1).astype(jnp.int32)
-            draft = _rows(tree.tokens, next_node)
-            log_q = _rows(tree.log_q, jnp.minimum(node, tree.log_q.shape[1] - 1))
-            u = randomness.uniform(randomness.at(keys, at, randomness.ACCEPT))
-            accepted = exists & (jnp.log(u) < _rows(log_p, draft) - _rows(log_q, draft))
-            final = residual(log_p, jnp.where(exists[:, None], log_q, -jnp.inf))
-        else:
-            accepted, next_node, draft = jnp.zeros(node.shape, bool), node, node
-            final = log_p
-        noise = randomness.gumbel(randomness.at(keys, at, randomness.RESIDUAL), final.shape[-1])
-        correction = jnp.argmax(final + noise, axis=-1).astype(jnp.int32)
-        steps.append((node, jnp.where(accepted, draft, correction), going))
-        going = going & accepted
-        node = jnp.where(going, next_node, node)
-    return _collect(steps)
+    log_q_all = tree.log_q
+
+    def descend(carry: _Walk, depth: jnp.ndarray) -> tuple[_Walk, _Step]:
+        node, going = carry
+        child = tree.valid & (tree.parent == node[:, None])
+        next_node = child.argmax(axis=1).astype(jnp.int32)
+        draft = _rows(tree.tokens, next_node)
+        log_p = _rows(log_probs(_rows(logits, node), sampling), draft)
+        log_q = _rows(_rows(log_q_all, node), draft)
+        u = randomness.uniform(randomness.at(keys, positions + depth, randomness.ACCEPT))
+        further = going & child.any(axis=1) & (jnp.log(u) < log_p - log_q)
+        return (jnp.where(further, next_node, node), further), (node, draft, further)
+
+    start = (jnp.zeros(positions.shape, jnp.int32), jnp.ones(positions.shape, bool))
+    (last, _), steps = jax.lax.scan(descend, start, jnp.arange(tree.max_depth))
+    path, drafts, accepted = (step.swapaxes(0, 1) for step in steps)
+    count = 1 + accepted.sum(axis=1).astype(jnp.int32)
+    # The walk ended at `last`, whose child, if it has one, was rejected.
+    log_p = log_probs(_rows(logits, last), sampling)
+    rejected = (tree.valid & (tree.parent == last[:, None])).any(axis=1)
+    log_q = _rows(log_q_all, jnp.minimum(last, log_q_all.shape[1] - 1))
+    final = jnp.where(rejected[:, None], residual(log_p, log_q), log_p)
+    noise_keys = randomness.at(keys, positions + count - 1, randomness.RESIDUAL)
+    noise = randomness.gumbel(noise_keys, final.shape[-1])
+    correction = jnp.argmax(final + noise, axis=-1).astype(jnp.int32)
+    index = jnp.arange(tree.max_depth + 1)
+    tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
+    tokens = jnp.where(index == count[:, None] - 1, correction[:, None], tokens)
+    return Verdict(jnp.concatenate([path, last[:, None]], axis=1), count, tokens)
 
 
 def residual(log_p: jnp.ndarray, log_q: jnp.ndarray) -> jnp.ndarray:

@@ -154,14 +154,14 @@ def small(name: str, sampling: SamplingConfig, **options) -> loop.Method:
         (
             "speculative_sampling",
             SamplingConfig(1.3),
-            {"num_draft": 2, "draft_temperature": 0.5},
+            {"num_draft": 1, "draft_temperature": 0.5},
             (),
         ),
         ("speculative_sampling", SamplingConfig(1.2, top_p=0.8), {"num_draft": 2}, ()),
         (
             "speculative_sampling",
             SamplingConfig(1.0),
-            {"num_draft": 2, "rule": "exact_match", "draft_temperature": 2.0},
+            {"num_draft": 1, "rule": "exact_match", "draft_temperature": 2.0},
             (),
         ),
     ],

@@ -1,6 +1,9 @@
 """The same loop on eight simulated devices gives the tokens of one."""
 
+import re
+
 import jax
+import numpy as np
 import pytest
 
 from decoding import generation, loop
@@ -21,6 +24,10 @@ def placed(mesh: jax.sharding.Mesh) -> dict:
     }
 
 
+def method_of(name: str) -> loop.Method:
+    return tiny.build(name, **({} if name == "autoregressive" else {"num_draft": 2}))
+
+
 def shard_shape(array: jax.Array) -> tuple[int, ...]:
     return array.sharding.shard_shape(array.shape)
 
@@ -28,7 +35,7 @@ def shard_shape(array: jax.Array) -> tuple[int, ...]:
 @pytest.mark.parametrize("shape", MESHES, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("name", METHODS)
 def test_tokens_and_counters_are_those_of_one_device(name, shape):
-    mesh, method = sharding.make_mesh(*shape), tiny.build(name)
+    mesh, method = sharding.make_mesh(*shape), method_of(name)
     rows = tiny.decode(method)
     assert tuple(map(tuple, tiny.texts(rows))) == tiny.plain_greedy()
     found = generation.generate(placed(mesh), tiny.PROMPTS, method, tiny.STOP, mesh=mesh)
@@ -37,7 +44,7 @@ def test_tokens_and_counters_are_those_of_one_device(name, shape):
 
 @pytest.mark.parametrize("shape", MESHES, ids="{0[0]}x{0[1]}".format)
 def test_caches_are_split_over_rows_and_heads_before_and_after_rounds(shape):
-    mesh, method = sharding.make_mesh(*shape), tiny.build("speculative_sampling")
+    mesh, method = sharding.make_mesh(*shape), method_of("speculative_sampling")
     params = placed(mesh)
     kernel = params["target"]["layers_0"]["attention"]["qkv"]["kernel"]
     assert shard_shape(kernel)[1] == 4 // shape[1]
@@ -57,6 +64,22 @@ def test_caches_are_split_over_rows_and_heads_before_and_after_rounds(shape):
     assert shard_shape(state.tokens)[0] == 8 // shape[0]
     state, _ = generation.advance(params, state, slots, rounds=2, **fixed)
     check(state)
+
+
+def test_rows_on_different_devices_do_not_talk_to_each_other():
+    """Split over rows alone, a round exchanges whether to go on, and never keys or values."""
+    mesh, method = sharding.make_mesh(8, 1), method_of("speculative_sampling")
+    params = placed(mesh)
+    state, slots = generation.begin(params, tiny.PROMPTS, method, tiny.STOP, mesh=mesh)
+    text = (
+        loop.advance.lower(params, state, np.int32(9), method=method, stop=tiny.STOP, slots=slots)
+        .compile()
+        .as_text()
+    )
+    kinds = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf"= (\S+) (?:{kinds})\(", text)
+    assert found
+    assert {shape.split("{")[0] for shape in found} <= {"pred[]", "s32[]"}
 
 
 def test_rows_that_a_mesh_does_not_divide():
