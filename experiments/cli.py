@@ -29,6 +29,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from models.errors import InputError, nearest
+from models.files import cache_root
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -73,11 +74,6 @@ def no_arguments(argv: Sequence[str]) -> None:
     """Raises InputError when `argv`, which begins with the program, holds more than flags."""
     if len(argv) > 1:
         raise InputError(f"argument {argv[1]!r}: not expected; allowed: flags only, see --help")
-
-
-def cache_root() -> Path:
-    """`TOKENLOOM_CACHE`, else ~/.cache/tokenloom: what can be made again is kept here."""
-    return Path(os.environ.get("TOKENLOOM_CACHE") or "~/.cache/tokenloom").expanduser()
 
 
 def use_compilation_cache() -> None:

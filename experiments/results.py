@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 import psutil
 
+from models import files
 from models.errors import InputError
 
 RESULTS_FILE = "results.json"
@@ -88,16 +88,10 @@ def header(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file as a whole or not at all. Raises InputError when the disk refuses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, text)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 

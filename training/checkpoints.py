@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from orbax.checkpoint import checkpoint_managers
 
+from models import files
 from models.errors import InputError
 
 PathLike = str | os.PathLike[str]
@@ -37,17 +38,7 @@ _OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
 
 def write_json(path: PathLike, value: Any) -> None:
     """Writes `value` so that `path` holds either the old text or the new, never half of it."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            json.dump(value, file, indent=2, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_text(pathlib.Path(path), json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

@@ -41,8 +41,8 @@ def get_config(preset: str = "") -> ConfigDict:
     # The first method is the baseline of the speed-ups.
     config.decode.methods = (
         _method("plain", "autoregressive"),
-        _method("prompt lookup", "prompt_lookup", num_draft=6, max_ngram=3),
-        _method("draft model", "speculative_sampling", num_draft=6),
+        _method("prompt lookup", "prompt_lookup", num_draft=4, max_ngram=3),
+        _method("draft model", "speculative_sampling", num_draft=4),
     )
 
     config.lossless = ConfigDict()

@@ -192,9 +192,9 @@ def test_exact_match_follows_the_targets_own_tokens(temperature):
 
 def test_speculative_sampling_accepts_with_the_ratio_and_corrects_with_the_residual():
     """One draft: joint frequencies of (accepted, token) against Leviathan et al., theorem 3.5."""
-    rows, V = 40_000, 4
-    p = np.array([0.5, 0.3, 0.2, 0.0])
-    q = np.array([0.1, 0.4, 0.2, 0.3])
+    rows, V = 40_000, 5
+    p = np.array([0.4, 0.3, 0.1, 0.2, 0.0])
+    q = np.array([0.1, 0.25, 0.35, 0.1, 0.2])
     keys = randomness.row_keys(1, jnp.arange(rows))
     positions = jnp.full(rows, 6)
     log_q = jnp.broadcast_to(jnp.log(q), (rows, 1, V))
@@ -222,12 +222,12 @@ def test_speculative_sampling_accepts_with_the_ratio_and_corrects_with_the_resid
 
     assert (count[~valid] == 1).all()
     plain = np.bincount(tokens[~valid, 0], minlength=V)
-    assert plain[3] == 0
-    assert stats.chisquare(plain[:3], p[:3] * (~valid).sum()).pvalue > 1e-3
+    assert plain[4] == 0
+    assert stats.chisquare(plain[:4], p[:4] * (~valid).sum()).pvalue > 1e-3
     bonus = np.bincount(tokens[count == 2, 1], minlength=V)
     assert stats.chisquare(bonus, second * bonus.sum()).pvalue > 1e-3
     # The bonus token does not depend on the draft before it.
-    table = np.zeros((3, V))
+    table = np.zeros((4, V))
     np.add.at(table, (tokens[count == 2, 0], tokens[count == 2, 1]), 1)
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
@@ -295,6 +295,10 @@ def test_branching_drafts_give_the_text_of_plain_decoding(temperature, random):
     np.testing.assert_array_equal(state.tokens, plain.tokens)
     np.testing.assert_array_equal(state.lengths, plain.lengths)
     assert_cache_is_a_prefill(state.inner.target, state, "target", np.asarray(state.lengths) - 1)
+    # The caches of rows that are done do not move on while others run.
+    beyond = np.asarray(state.inner.target.lengths - (state.lengths - 1))
+    assert (beyond <= method.depth).all()
+    assert len(np.unique(state.stats.target_calls)) > 1
     accepted = np.asarray(state.stats.accepted).sum(axis=0)
     assert (accepted[:2] > 0).all()
     assert (state.stats.target_calls < 24).all()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
+from models import files
 from models.errors import InputError
 from training.datasets import arithmetic, registry, text_files
 from training.datasets.jsonl_prompts import read_prompts
@@ -417,4 +418,4 @@ def test_cache_directory(monkeypatch, tmp_path):
     ]
     monkeypatch.delenv("TOKENLOOM_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert registry.cache_directory() == tmp_path / ".cache" / "tokenloom"
+    assert files.cache_root() == tmp_path / ".cache" / "tokenloom"

@@ -18,6 +18,7 @@ from absl import logging
 from tensorflow_datasets.core import naming
 
 from models.errors import InputError, nearest
+from models.files import cache_root
 from training.datasets.arithmetic import Arithmetic
 from training.datasets.jsonl_prompts import JsonlPrompts
 from training.datasets.stdlib_code import StdlibCode
@@ -80,7 +81,7 @@ def load(
         `dataset_info.json`); or the name of any tfds dataset, such as 'gsm8k' or
         'c4/en:3.1.0', prepared as array_record.
       split: a split or slice in tfds' notation, such as 'train' or 'train[:1%]'.
-      data_dir: where prepared datasets are; None for `cache_directory()`, or for a public
+      data_dir: where prepared datasets are; None for `cache_root()`, or for a public
         dataset tfds' own default (`TFDS_DATA_DIR`, else ~/tensorflow_datasets).
       text_field: the text feature to read as 'text'; None where it has that name already.
       download: whether a public dataset that is not prepared may be downloaded.
@@ -99,11 +100,6 @@ def load(
     return _read(builder, name, split, text_field)
 
 
-def cache_directory() -> Path:
-    """`TOKENLOOM_CACHE`, else ~/.cache/tokenloom: what can be made again is kept here."""
-    return Path(os.environ.get("TOKENLOOM_CACHE") or "~/.cache/tokenloom").expanduser()
-
-
 def _own(name: str, data_dir: Any, options: dict[str, Any]) -> tfds.core.DatasetBuilder:
     make = BUILDERS[name]
     parameters = inspect.signature(make).parameters
@@ -112,7 +108,7 @@ def _own(name: str, data_dir: Any, options: dict[str, Any]) -> tfds.core.Dataset
     for option in allowed:
         if parameters[option].default is inspect.Parameter.empty and option not in options:
             raise InputError(f"{option}: dataset {name!r} needs this option")
-    folder = Path(data_dir).expanduser() if data_dir else cache_directory() / "datasets"
+    folder = Path(data_dir).expanduser() if data_dir else cache_root() / "datasets"
     with _quiet():
         builder: tfds.core.DatasetBuilder = make(**options, data_dir=str(folder))
         prepare(builder)
