@@ -27,7 +27,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data = ConfigDict()
     config.data.dataset = "stdlib_code"
     config.data.split = "test"
-    config.data.num_prompts = 8
+    config.data.num_prompts = 4
     config.data.prompt_tokens = 64
     config.data.builder_options = ConfigDict()
 
@@ -35,9 +35,9 @@ def get_config(preset: str = "") -> ConfigDict:
     config.decode.temperatures = (0.0, 1.0)
     config.decode.top_k = 0
     config.decode.top_p = 1.0
-    config.decode.batch_sizes = (1, 8)
-    config.decode.max_new_tokens = 16 if smoke else 128
-    config.decode.repeats = 1 if smoke else 5
+    config.decode.batch_sizes = (1, 4)
+    config.decode.max_new_tokens = 16 if smoke else 96
+    config.decode.repeats = 1 if smoke else 3
     # The first method is the baseline of the speed-ups.
     config.decode.methods = (
         _method("plain", "autoregressive"),
@@ -46,7 +46,7 @@ def get_config(preset: str = "") -> ConfigDict:
     )
 
     config.lossless = ConfigDict()
-    config.lossless.samples = 1024 if smoke else 4096
+    config.lossless.samples = 1024 if smoke else 2048
     config.lossless.batch_size = 512
 
     config.claims = ()

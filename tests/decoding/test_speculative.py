@@ -125,13 +125,14 @@ def test_the_penalty_counts_the_text_and_the_drafts_of_the_nodes_own_path():
     drafts = rng.integers(0, V, (B, len(tiny.PARENTS)))
     drafts[:, 0] = tokens[np.arange(B), lengths - 1]
     logits = rng.normal(size=(B, len(tiny.PARENTS), V)).astype(np.float32)
-    found = scoring.penalised_logits(
-        jnp.asarray(logits),
+    found = jax.jit(scoring.penalised_logits, static_argnums=4)(
+        logits,
         make_tree(drafts, tiny.PARENTS),
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
+        tokens,
+        lengths,
         SamplingConfig(repetition_penalty=1.7),
     )
+    found = np.asarray(found)
     processor = hf.RepetitionPenaltyLogitsProcessor(1.7)
     for b, node in np.ndindex(drafts.shape):
         text = tokens[b, : lengths[b]].tolist() + drafts[b, ancestors(node)].tolist()
@@ -198,7 +199,8 @@ def test_speculative_sampling_accepts_with_the_ratio_and_corrects_with_the_resid
     keys = randomness.row_keys(1, jnp.arange(rows))
     positions = jnp.full(rows, 6)
     log_q = jnp.broadcast_to(jnp.log(q), (rows, 1, V))
-    draft = sampling.draw(log_q[:, 0], keys, positions, SamplingConfig(1.0), randomness.DRAFT)
+    draw = jax.jit(sampling.draw, static_argnums=(3, 4))
+    draft = draw(log_q[:, 0], keys, positions, SamplingConfig(1.0), randomness.DRAFT)
     second = special.softmax(np.arange(V) * 0.3)  # after an accepted draft
     logits = jnp.log(np.broadcast_to(np.stack([p, second]), (rows, 2, V)))
     # Rows without a draft take the target's own distribution.
@@ -335,10 +337,9 @@ def test_the_drafts_cache_stays_in_step_with_the_text(temperature):
     assert 0 < by_depth[1] < by_depth[0] < 7 * len(SMALL_PROMPTS)  # 0, 1 and 2 were accepted
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_drafts_and_their_distribution_are_the_draft_models_own(penalty):
+def test_drafts_and_their_distribution_are_the_draft_models_own():
     """log_q of every draft, given the drafts before it, from the draft model without a cache."""
-    config = SamplingConfig(1.3, top_p=0.9, repetition_penalty=penalty)
+    config = SamplingConfig(1.3, top_p=0.9, repetition_penalty=1.5)
     drafter = model_drafter(tiny.SMALL_DRAFT, 3, config, randomness.DRAFT)
     assert (drafter.calls, drafter.num_nodes, drafter.max_depth) == (3, 4, 3)
     method = speculative("x", tiny.SMALL, drafter, "speculative_sampling", config)
@@ -346,7 +347,7 @@ def test_drafts_and_their_distribution_are_the_draft_models_own(penalty):
     tree, cache = jax.jit(drafter.propose)(MODELS, state.inner.drafter, state)
     np.testing.assert_array_equal(cache.lengths, np.asarray(state.lengths) - 1)
     np.testing.assert_array_equal(tree.tokens[:, 0], [row[-1] for row in SMALL_PROMPTS])
-    processor = hf.RepetitionPenaltyLogitsProcessor(penalty)
+    processor = hf.RepetitionPenaltyLogitsProcessor(1.5)
     for i in range(3):
         texts = [
             row + np.asarray(tree.tokens)[b, 1 : i + 1].tolist()

@@ -57,7 +57,9 @@ def test_together_the_cases_reach_every_entry_of_the_table():
     assert len(sharding.PARTITION_TABLE) == len(SPLIT_AXIS) + 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["multi_head", "post_norms_softcaps", "experts", "learned_positions"]
+)
 def test_logits_do_not_depend_on_the_mesh(name):
     config = CASES[name]
     mesh = sharding.make_mesh(2, config.num_kv_heads)
