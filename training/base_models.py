@@ -109,7 +109,7 @@ RECIPES = {
         distilled_from="code_target",
     ),
     # For smoke runs: seconds of training, no claim to quality.
-    "tiny_target": _recipe("stdlib_code", 512, 2, 64, 8, learning_rate=4e-3),
+    "tiny_target": _recipe("stdlib_code", 512, 4, 128, 8, learning_rate=4e-3),
     "tiny_draft": _recipe(
         "stdlib_code", 512, 1, 64, 8, learning_rate=4e-3, distilled_from="tiny_target"
     ),
