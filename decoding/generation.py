@@ -137,6 +137,8 @@ def begin(
     Arguments are those of `generate`; `buffer` is the room for text, by default what
     `stop.max_new_tokens` and the context allow.
     """
+    if not prompts or not all(map(len, prompts)):
+        raise InputError("prompts: every row needs at least one token")
     longest = max(map(len, prompts))
     padded = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     tokens = np.zeros((len(prompts), padded), np.int32)
