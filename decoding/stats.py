@@ -1,5 +1,6 @@
 """Counts of the work a loop did, one entry a row."""
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -30,10 +31,7 @@ class Stats(struct.PyTreeNode):
             rows = active.reshape(-1, *(1,) * (total.ndim - 1))
             return total + jnp.where(rows, amount, 0).astype(total.dtype)
 
-        return Stats(**{name: plus(getattr(self, name), getattr(work, name)) for name in _FIELDS})
-
-
-_FIELDS = tuple(Stats.__dataclass_fields__)
+        return jax.tree.map(plus, self, work)
 
 
 def zeros(batch: int, depth: int) -> Stats:

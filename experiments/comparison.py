@@ -44,7 +44,7 @@ class Models:
     summaries: list[dict[str, Any]]
 
 
-def load_models(config: ConfigDict, workdir: Path) -> Models:
+def load_models(config: ConfigDict) -> Models:
     """Loads every role of `config.models`: a checkpoint directory, or a base model's name."""
     configs: dict[str, TransformerConfig] = {}
     params: ModelParams = {}
@@ -89,7 +89,7 @@ def held_out_prompts(config: ConfigDict, tokenizer: Tokenizer) -> list[list[int]
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs the comparison that `config` describes; see `experiments/configs/quickstart.py`."""
     begin = time.perf_counter()
-    models = load_models(config, workdir)
+    models = load_models(config)
     prompts = held_out_prompts(config, models.tokenizer)
     stop = generation.stop_config(models.configs["target"], config.decode.max_new_tokens, ())
     records: list[dict[str, Any]] = []
