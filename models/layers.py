@@ -71,6 +71,7 @@ class Dense(nn.Module):
     contract: int = 1
     use_bias: bool = False
     kernel_init: Any = None
+    result_dtype: Any = None  # of the sums, where it is not that of x
 
     @nn.compact
     def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
@@ -78,7 +79,9 @@ class Dense(nn.Module):
         init = self.kernel_init or _initializer(*range(self.contract))
         kernel = self.param("kernel", init, (*inputs, *self.features)).astype(x.dtype)
         axes = (tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract)))
-        y = jax.lax.dot_general(x, kernel, (axes, ((), ())))
+        y = jax.lax.dot_general(
+            x, kernel, (axes, ((), ())), preferred_element_type=self.result_dtype
+        )
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
         return y
@@ -150,12 +153,13 @@ class ExpertDense(nn.Module):
 
     num_experts: int
     features: tuple[int, ...]
+    kernel_init: Any = None
 
     @nn.compact
     def __call__(self, rows: jnp.ndarray, groups: jnp.ndarray) -> jnp.ndarray:
         """rows [R, D] in expert order, groups int32 [E] rows an expert -> [R, *features]."""
         shape = (self.num_experts, rows.shape[-1], *self.features)
-        kernel = self.param("kernel", _initializer(1), shape).astype(rows.dtype)
+        kernel = self.param("kernel", self.kernel_init or _initializer(1), shape).astype(rows.dtype)
         flat = kernel.reshape(*shape[:2], -1)
         return jax.lax.ragged_dot(rows, flat, groups).reshape(-1, *self.features)
 
@@ -178,7 +182,8 @@ class MoE(nn.Module):
         groups = jnp.bincount(experts.reshape(-1), length=E).astype(jnp.int32)
         both = ExpertDense(E, (2, config.mlp_dim), name="gate_up")(tokens[order // k], groups)
         inner = _ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
-        outputs = ExpertDense(E, (config.embed_dim,), name="down")(inner, groups)
+        down = ExpertDense(E, (config.embed_dim,), _into_residual(config), name="down")
+        outputs = down(inner, groups)
         outputs = outputs * weights.reshape(-1)[order, None].astype(x.dtype)
         return jnp.zeros_like(tokens).at[order // k].add(outputs).reshape(x.shape)
 

@@ -91,7 +91,7 @@ class Transformer(nn.Module):
         self.layers = [block(self.config) for _ in range(self.config.num_layers)]
         self.final_norm = Norm(self.config)
         if not self.config.tie_embeddings:
-            self.lm_head = Dense((self.config.vocab_size,))
+            self.lm_head = Dense((self.config.vocab_size,), result_dtype=jnp.float32)
 
     def run(
         self,
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
         if self.config.tie_embeddings:
             logits = self.embedder.logits(x)
         else:
-            logits = self.lm_head(x).astype(jnp.float32)
+            logits = self.lm_head(x)
         if (cap := self.config.logit_softcap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits
@@ -199,7 +199,7 @@ def apply(
         stream before the range's first layer.
       positions: int [B, T]; default 0..T-1, or lengths .. lengths + T - 1 with a cache.
       mask: bool [B, T, S], S being the cache's slots or T; default causal over positions (over
-        the order in the call without a cache), or everything for a bidirectional model.
+        the order in the call without a cache), or everything written for a bidirectional model.
       key_positions: int [B, S] positions of the keys, for sliding windows; default the slot
         index, or `positions` without a cache.
       cache: keys and values so far.
@@ -221,7 +221,8 @@ def apply(
     S = cache.slots if cache is not None else T
     if mask is None:
         if not config.causal:
-            mask = jnp.ones((inputs.shape[0], T, S), bool)
+            ends = jnp.zeros(inputs.shape[:1], int) if cache is None else cache.lengths
+            mask = masks.full(jnp.arange(S) < ends[:, None] + T, T)
         elif cache is not None:
             mask = masks.causal(positions, S)
         else:

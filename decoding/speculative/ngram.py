@@ -18,7 +18,10 @@ from decoding.speculative.tree import DraftTree, chain
 def find_continuation(
     tokens: jnp.ndarray, lengths: jnp.ndarray, num_draft: int, max_ngram: int, min_ngram: int
 ) -> tuple[jnp.ndarray, jnp.ndarray]:
-    """What followed the latest earlier occurrence of the longest matching suffix.
+    """What followed an earlier occurrence of the longest matching suffix.
+
+    Of several occurrences the latest one that `num_draft` tokens follow is taken, or else the
+    earliest: in text of period p the latest of all would offer p tokens only.
 
     Args:
       tokens: int32 [B, M].
@@ -40,9 +43,11 @@ def find_continuation(
             suffix = jnp.take_along_axis(tokens, jnp.maximum(lengths[:, None] - n + j, 0), axis=1)
             match = match & (jnp.roll(tokens, -j, axis=1) == suffix)
         match = match & (lengths > n)[:, None]
-        latest = M - 1 - jnp.argmax(match[:, ::-1], axis=1)
+        whole = match & ((start + n + num_draft)[None, :] <= lengths[:, None])
+        latest = M - 1 - jnp.argmax(whole[:, ::-1], axis=1)
+        place = jnp.where(whole.any(axis=1), latest, jnp.argmax(match, axis=1))
         hit = match.any(axis=1) & ~found
-        begin = jnp.where(hit, latest + n, begin).astype(jnp.int32)
+        begin = jnp.where(hit, place + n, begin).astype(jnp.int32)
         found = found | hit
     index = begin[:, None] + jnp.arange(num_draft)
     drafts = jnp.take_along_axis(tokens, jnp.minimum(index, M - 1), axis=1)

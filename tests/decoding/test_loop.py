@@ -19,11 +19,12 @@ NUM_DRAFT = 5  # the default
 
 
 def lookup(text: list[int]) -> list[int]:
-    """Prompt lookup at its defaults: n-grams of 3, 2, 1; the latest earlier occurrence."""
+    """Prompt lookup at its defaults: n-grams of 3, 2, 1; the latest whole draft or the earliest."""
     for n in (3, 2, 1):
-        for start in range(len(text) - n - 1, -1, -1):
-            if text[start : start + n] == text[-n:]:
-                return text[start + n : start + n + NUM_DRAFT]
+        starts = [s for s in range(len(text) - n) if text[s : s + n] == text[-n:]]
+        drafts = [text[s + n : s + n + NUM_DRAFT] for s in starts]
+        if drafts:
+            return next((d for d in reversed(drafts) if len(d) == NUM_DRAFT), drafts[0])
     return []
 
 

@@ -370,13 +370,14 @@ def test_drafts_and_their_distribution_are_the_draft_models_own():
 
 
 def naive_continuation(text, num_draft, max_ngram, min_ngram):
-    """What followed the latest earlier occurrence of the longest matching suffix."""
+    """What followed the longest suffix: latest with `num_draft` tokens after it, else earliest."""
     for n in range(max_ngram, min_ngram - 1, -1):
-        if len(text) <= n:
-            continue
-        for start in range(len(text) - n - 1, -1, -1):
+        found = []
+        for start in range(len(text) - n):
             if text[start : start + n] == text[-n:]:
-                return text[start + n : start + n + num_draft]
+                found.append(text[start + n : start + n + num_draft])
+        if found:
+            return next((f for f in reversed(found) if len(f) == num_draft), found[0])
     return []
 
 

@@ -190,6 +190,29 @@ def test_a_bidirectional_model_sees_everything():
     assert np.abs(found[:, 0] - causal[:, 0]).max() > 0.1
 
 
+def test_a_bidirectional_model_with_a_cache_sees_what_was_written():
+    """The call's tokens see each other and the committed ones, and no slot beyond."""
+    config, cut = BASE.replace(causal=False), 5
+    cache = kv.create(config, B, T + 7)
+    cache = cache.replace(keys=tuple(store + 3.0 for store in cache.keys))  # would be noticed
+
+    @jax.jit
+    def run(p, tokens):
+        whole = transformer.apply(config, p, tokens, cache=cache)
+        first = transformer.apply(config, p, tokens[:, :cut], cache=cache).cache
+        first = kv.truncate(first, jnp.full((B,), cut))
+        return whole.logits, transformer.apply(config, p, tokens[:, cut:], cache=first).logits
+
+    whole, rest = run(params(config), TOKENS)
+    alone = jax.jit(lambda p, t: transformer.apply(config, p, t).logits)
+    close(whole, alone(params(config), TOKENS), atol=1e-5)
+    # The second call's first layer sees the first call's keys, which did not see it.
+    late = jnp.arange(T) >= cut
+    seen = jnp.broadcast_to(late[:, None] | ~late[None, :], (B, T, T))
+    masked = jax.jit(lambda p, t: transformer.apply(BASE, p, t, mask=seen).logits)
+    close(rest, masked(params(BASE), TOKENS)[:, cut:], atol=1e-5)
+
+
 def test_packed_segments_are_independent_sequences():
     """Two texts in one row, with their own positions and a segment mask, equal two rows."""
     config = CASES["local"]
@@ -220,6 +243,8 @@ def test_logits_are_float32_under_bfloat16_compute(name):
     assert {store.dtype for store in out.cache.keys} == {jnp.dtype(jnp.bfloat16)}
     expected = np.asarray(everything(name)["full"].logits)
     assert np.abs(out.logits - expected).mean() < 0.05 * expected.std()
+    # The sums are not rounded to bfloat16 on their way.
+    assert (out.logits != out.logits.astype(jnp.bfloat16)).mean() > 0.5
 
 
 @pytest.mark.parametrize("span", [(-1, 1), (2, 1), (0, 3)])
