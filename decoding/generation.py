@@ -29,7 +29,7 @@ class Row:
       token_ids: what was generated, a final EOS included.
       finish_reason: 'eos', 'length' or 'context'.
       stats: target_calls, target_positions, draft_calls, tokens_emitted, and by draft depth
-        proposed and accepted rounds.
+        proposed and accepted rounds; and the method's own counters.
     """
 
     prompt_ids: list[int]
@@ -55,6 +55,20 @@ class Event:
     @property
     def done(self) -> bool:
         return self.finished is not None
+
+
+@dataclasses.dataclass
+class HotStart:
+    """What a method has learned so far, carried from one run into the next.
+
+    Pass the same object to several calls of `generate`: each begins with what the ones before
+    left. Methods that learn nothing leave it alone.
+
+    Attributes:
+      value: of the method's `loop.Memory`; None before the first run.
+    """
+
+    value: Any = None
 
 
 def cache_slots(needed: int) -> int:
@@ -131,11 +145,12 @@ def begin(
     row_ids: Sequence[int] | None = None,
     mesh: Mesh | None = None,
     buffer: int | None = None,
+    memory: Any = None,
 ) -> tuple[DecodeState, int]:
     """Reads the prompts; returns the state before the first round and its cache slots.
 
     Arguments are those of `generate`; `buffer` is the room for text, by default what
-    `stop.max_new_tokens` and the context allow.
+    `stop.max_new_tokens` and the context allow; `memory` is a `HotStart.value`.
     """
     if not prompts or not all(map(len, prompts)):
         raise InputError("prompts: every row needs at least one token")
@@ -159,6 +174,7 @@ def begin(
         params,
         *map(jnp.asarray, inputs[:2]),
         inputs[2],
+        memory,
         method=method,
         slots=slots,
         buffer=buffer or cache_slots(min(padded + stop.max_new_tokens, room)),
@@ -195,7 +211,9 @@ def _row(state: DecodeState, row: int) -> Row:
     counts = {
         field.name: getattr(state.stats, field.name)[row].tolist()
         for field in dataclasses.fields(state.stats)
+        if field.name != "extra"
     }
+    counts |= {name: values[row].tolist() for name, values in state.stats.extra.items()}
     return Row(
         prompt_ids=state.tokens[row, :start].tolist(),
         token_ids=state.tokens[row, start:end].tolist(),
@@ -218,6 +236,7 @@ def generate(
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
     mesh: Mesh | None = None,
+    hot: HotStart | None = None,
 ) -> list[Row]:
     """Continues every prompt until a stop rule ends it.
 
@@ -230,12 +249,18 @@ def generate(
       row_ids: number that identifies each row to its random key (default 0, 1, ...); a row's
         text depends on its prompt, the seed and this number only.
       mesh: devices to run on; `params` must already lie there (`models.sharding`).
+      hot: what earlier runs learned; updated. None for a cold start.
 
     Returns:
       One Row a prompt.
     """
-    state, slots = begin(params, prompts, method, stop, seed=seed, row_ids=row_ids, mesh=mesh)
+    memory = hot.value if hot else None
+    state, slots = begin(
+        params, prompts, method, stop, seed=seed, row_ids=row_ids, mesh=mesh, memory=memory
+    )
     state, _ = advance(params, state, slots, method, stop, mesh=mesh)
+    if hot is not None and method.memory is not None:
+        hot.value = method.memory.take(state.inner)
     state = _fetch(state)
     return [_row(state, row) for row in range(len(prompts))]
 

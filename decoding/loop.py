@@ -62,6 +62,18 @@ class Emission(struct.PyTreeNode):
     work: work.Stats
 
 
+class Memory(NamedTuple):
+    """How to take what a run has learned out of a method's inner state, and put it into another.
+
+    Attributes:
+      take: inner state -> value.
+      put: (fresh inner state, value) -> inner state.
+    """
+
+    take: Callable[[Any], Any]
+    put: Callable[[Any, Any], Any]
+
+
 class Method(NamedTuple):
     """A decoding method.
 
@@ -75,6 +87,8 @@ class Method(NamedTuple):
         of each row enter the caches.
       step: (params, state) -> (inner, Emission). Rows that are not active may return anything,
         but their cache lengths must not move.
+      counters: names of its own work counters, see `Stats.extra`.
+      memory: what it learns in a run and may take into the next one; None if nothing.
     """
 
     name: str
@@ -84,6 +98,8 @@ class Method(NamedTuple):
     init: Callable[[int, int], Any]
     prefill: Callable[[ModelParams, Any, jnp.ndarray, jnp.ndarray], Any]
     step: Callable[[ModelParams, DecodeState], tuple[Any, Emission]]
+    counters: tuple[str, ...] = ()
+    memory: Memory | None = None
 
 
 def _is_cache(node: Any) -> bool:
@@ -165,6 +181,7 @@ def start(
     tokens: jnp.ndarray,
     lengths: jnp.ndarray,
     keys: jax.Array,
+    memory: Any = None,
     *,
     method: Method,
     slots: int,
@@ -177,12 +194,15 @@ def start(
       tokens: int32 [B, P], prompts padded on the right.
       lengths: int32 [B], at least 1.
       keys: row keys [B].
+      memory: what `method.memory` took from an earlier run; None for a cold start.
       method: the method.
       slots: cache slots to begin with, at least P.
       buffer: M, at least P and as long as the longest row may grow.
     """
     B, P = tokens.shape
     inner = method.init(B, slots)
+    if memory is not None and method.memory is not None:
+        inner = method.memory.put(inner, memory)
     inner = method.prefill(params, inner, tokens, lengths - 1)
     inside = jnp.arange(P) < lengths[:, None]
     return DecodeState(
@@ -191,7 +211,7 @@ def start(
         prompt_lengths=lengths,
         reason=jnp.zeros((B,), jnp.int32),
         keys=keys,
-        stats=work.zeros(B, method.depth),
+        stats=work.zeros(B, method.depth, method.counters),
         rounds=jnp.zeros((), jnp.int32),
         inner=inner,
     )

@@ -29,11 +29,30 @@ def at(keys: jax.Array, positions: jnp.ndarray, purpose: int) -> jax.Array:
     )
 
 
+def several(keys: jax.Array, count: int) -> jax.Array:
+    """`count` keys from each: keys [B, ...] -> [B, ..., count].
+
+    The first is the key itself, so that what needs one draw a position (a chain) shares it with
+    the first of what needs several (the siblings of a tree).
+    """
+    numbers = jnp.arange(1, count)
+    fold = lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)  # noqa: E731
+    for _ in keys.shape:
+        fold = jax.vmap(fold)
+    return jnp.concatenate([keys[..., None], fold(keys)], axis=-1)
+
+
 def gumbel(keys: jax.Array, size: int) -> jnp.ndarray:
-    """Standard Gumbel noise, float32 [B, size]."""
-    return jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))(keys)
+    """Standard Gumbel noise for keys [...]: float32 [..., size]."""
+    draw = lambda key: jax.random.gumbel(key, (size,), jnp.float32)  # noqa: E731
+    for _ in keys.shape:
+        draw = jax.vmap(draw)
+    return draw(keys)
 
 
 def uniform(keys: jax.Array) -> jnp.ndarray:
-    """Uniforms in [0, 1), float32 [B]."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
+    """Uniforms in [0, 1), one for each of keys [...]: float32 [...]."""
+    draw = lambda key: jax.random.uniform(key, (), jnp.float32)  # noqa: E731
+    for _ in keys.shape:
+        draw = jax.vmap(draw)
+    return draw(keys)

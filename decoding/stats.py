@@ -1,5 +1,7 @@
 """Counts of the work a loop did, one entry a row."""
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -15,6 +17,7 @@ class Stats(struct.PyTreeNode):
       tokens_emitted: tokens appended to the row.
       proposed: [B, E], rounds in which the drafter proposed a token at depth 1..E.
       accepted: [B, E], rounds in which that depth was reached by acceptance.
+      extra: a method's own counters by name, each [B].
     """
 
     target_calls: jnp.ndarray
@@ -23,6 +26,7 @@ class Stats(struct.PyTreeNode):
     tokens_emitted: jnp.ndarray
     proposed: jnp.ndarray
     accepted: jnp.ndarray
+    extra: dict[str, jnp.ndarray]
 
     def add(self, work: "Stats", active: jnp.ndarray) -> "Stats":
         """Adds one round's work for the rows in which `active` bool [B] holds."""
@@ -34,11 +38,12 @@ class Stats(struct.PyTreeNode):
         return jax.tree.map(plus, self, work)
 
 
-def zeros(batch: int, depth: int) -> Stats:
+def zeros(batch: int, depth: int, counters: Sequence[str] = ()) -> Stats:
     """Counters at zero for `depth` draft depths (0 for methods without drafts)."""
     count = jnp.zeros((batch,), jnp.int32)
     by_depth = jnp.zeros((batch, depth), jnp.int32)
-    return Stats(count, count, count, count, by_depth, by_depth)
+    extra = dict.fromkeys(counters, count)
+    return Stats(count, count, count, count, by_depth, by_depth, extra)
 
 
 def round_work(
@@ -46,13 +51,14 @@ def round_work(
     depth: int,
     *,
     target_positions: int = 1,
-    draft_calls: int = 0,
+    draft_calls: int | jnp.ndarray = 0,
     proposed: jnp.ndarray | None = None,
     accepted: jnp.ndarray | None = None,
+    extra: Mapping[str, jnp.ndarray] | None = None,
 ) -> Stats:
     """The work of one round with one target call; `tokens_emitted` is filled by the loop."""
     empty = jnp.zeros((batch, depth), jnp.int32)
-    full = lambda value: jnp.full((batch,), value, jnp.int32)  # noqa: E731
+    full = lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,))  # noqa: E731
     return Stats(
         target_calls=full(1),
         target_positions=full(target_positions),
@@ -60,4 +66,5 @@ def round_work(
         tokens_emitted=full(0),
         proposed=empty if proposed is None else proposed,
         accepted=empty if accepted is None else accepted,
+        extra=dict(extra or {}),
     )

@@ -142,8 +142,8 @@ def _generate(options: dict[str, str]) -> None:
     sources = {"target": _CHECKPOINT.value}
     if _DRAFT.value is not None:
         sources["draft"] = _DRAFT.value
-    configs = loading.load_configs(name, sources)
-    methods.build(name, configs, sampling, options)  # checks the options
+    configs = loading.load_configs(name, sources, options)
+    methods.build(name, configs, sampling, options)  # checks what depends on the models
     target = configs["target"]
     tokenizer = _load_tokenizer(target)
     prompts = _prompts(tokenizer)
@@ -164,10 +164,11 @@ def _generate(options: dict[str, str]) -> None:
         _stream(params | parts, prompts[0], tokenizer, run)
         return
     show = _json_line if _JSON.value else _readable
+    hot = generation.HotStart()  # what a method learns from a batch serves the next
     for ids in batches(rows, _BATCH_SIZE.value, mesh.shape["data"] if mesh else 1):
         chosen = [prompts[i // _NUM_SAMPLES.value] for i in ids]
         done = generation.generate(
-            params | parts, [prompt.ids for prompt in chosen], row_ids=ids, **run
+            params | parts, [prompt.ids for prompt in chosen], row_ids=ids, hot=hot, **run
         )
         # By number, so that a repeated row is shown once.
         for i, (prompt, row) in dict(zip(ids, zip(chosen, done))).items():

@@ -58,18 +58,21 @@ def load_config(source: str) -> TransformerConfig:
     return hf_checkpoint.load_config(source)
 
 
-def load_configs(method: str, sources: Mapping[str, str]) -> dict[str, TransformerConfig]:
+def load_configs(
+    method: str, sources: Mapping[str, str], options: Mapping[str, Any] | None = None
+) -> dict[str, TransformerConfig]:
     """The architectures that a method needs, by role.
 
     Args:
       method: its name.
+      options: the method's own.
       sources: directory or `random:SIZE` by role ('target', 'draft'), the target among them.
 
     Raises:
       InputError: an unknown method; a role that it needs and lacks, or does not have; anything
         wrong with a config; vocabularies that differ.
     """
-    roles = methods.spec(method).roles
+    roles = methods.spec(method).roles_with(methods.parse_options(method, options or {}))
     for role in roles:
         if role not in sources:
             raise InputError(f"{role}: method {method} needs a {role} model, and none is given")

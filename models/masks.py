@@ -90,17 +90,17 @@ def tree(ancestry: jnp.ndarray, base: jnp.ndarray, num_keys: int) -> jnp.ndarray
     """Draft-tree nodes over a cache: the whole committed prefix plus each node's ancestors.
 
     Args:
-      ancestry: bool [B, N, N] from `ancestors`.
+      ancestry: bool [B, T, N], rows of `ancestors` for the T nodes that are queries.
       base: int [B], committed length; node i stands in slot base + i.
       num_keys: S.
 
     Returns:
-      bool [B, N, S].
+      bool [B, T, S].
     """
-    N = ancestry.shape[1]
+    B, T, N = ancestry.shape
     node = jnp.arange(num_keys)[None, :] - base[:, None]
     inside = (node >= 0) & (node < N)
-    index = jnp.broadcast_to(jnp.clip(node, 0, N - 1)[:, None, :], (ancestry.shape[0], N, num_keys))
+    index = jnp.broadcast_to(jnp.clip(node, 0, N - 1)[:, None, :], (B, T, num_keys))
     on_path = jnp.take_along_axis(ancestry, index, axis=2)
     return (node < 0)[:, None, :] | (inside[:, None, :] & on_path)
 

@@ -143,10 +143,7 @@ class Transformer(nn.Module):
         return self.final_norm(x)
 
     def unembed(self, x: jnp.ndarray) -> jnp.ndarray:
-        if self.config.tie_embeddings:
-            logits = self.embedder.logits(x)
-        else:
-            logits = self.lm_head(x)
+        logits = self.embedder.logits(x) if self.config.tie_embeddings else self.lm_head(x)
         if (cap := self.config.logit_softcap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         return logits

@@ -97,13 +97,13 @@ def _recipe(
 RECIPES = {
     # The target's weights are larger than a CPU's cache, as those of any real target are: only then
     # does a call on several tokens cost little more than a call on one.
-    "code_target": _recipe("stdlib_code", 1024, 4, 512, 130, learning_rate=1.5e-3, batch_size=4),
+    "code_target": _recipe("stdlib_code", 1024, 2, 512, 300, learning_rate=8e-4, batch_size=4),
     "code_draft": _recipe(
         "stdlib_code",
         1024,
         1,
         128,
-        140,
+        300,
         learning_rate=4e-3,
         batch_size=4,
         distilled_from="code_target",

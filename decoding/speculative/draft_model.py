@@ -11,8 +11,9 @@ from decoding.autoregressive import pending_tokens
 from decoding.loop import DecodeState, ModelParams
 from decoding.prefill import prefill
 from decoding.sampling import SamplingConfig, draw, log_probs, penalise, seen_tokens
-from decoding.speculative.drafting import Drafter, observe_nothing
-from decoding.speculative.tree import DraftTree, chain
+from decoding.speculative import verification
+from decoding.speculative.drafting import Draft, Drafter, observe_nothing
+from decoding.speculative.tree import chain
 from models import cache as kv
 from models import transformer
 from models.config import TransformerConfig
@@ -54,9 +55,7 @@ def model_drafter(
         advanced = kv.truncate(out.cache, out.cache.lengths + tokens.shape[1])
         return out.hidden, advanced
 
-    def propose(
-        params: ModelParams, cache: kv.KVCache, state: DecodeState
-    ) -> tuple[DraftTree, kv.KVCache]:
+    def propose(params: ModelParams, cache: kv.KVCache, state: DecodeState) -> Draft:
         lengths = state.lengths
         first = jnp.maximum(lengths - 2, 0)
         last_two = jnp.take_along_axis(state.tokens, first[:, None] + jnp.arange(2), axis=1)
@@ -91,14 +90,13 @@ def model_drafter(
             later,
         )
         tree = chain(pending_tokens(state), drafts, jnp.ones(drafts.shape, bool), log_q)
-        return tree, kv.truncate(cache, jnp.maximum(lengths - 1, 0))
+        return Draft(tree, kv.truncate(cache, jnp.maximum(lengths - 1, 0)), num_draft)
 
     return Drafter(
         roles=("draft",),
         num_nodes=num_draft + 1,
         max_depth=num_draft,
-        calls=num_draft,
-        samples=samples,
+        law=verification.CHAIN if samples else verification.DETERMINISTIC,
         init=init,
         prefill=read,
         propose=propose,

@@ -7,15 +7,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from decoding import stats as work
-from decoding.loop import DecodeState, Emission, Method, ModelParams
+from decoding.loop import DecodeState, Emission, Memory, Method, ModelParams
 from decoding.prefill import prefill
 from decoding.sampling import SamplingConfig
-from decoding.speculative import scoring, verification
+from decoding.speculative import rules, scoring
 from decoding.speculative.drafting import Drafter
 from decoding.speculative.tree import proposed_by_depth
 from models import cache as kv
 from models.config import TransformerConfig
-from models.errors import InputError, check_choice
 
 
 class SpeculativeState(struct.PyTreeNode):
@@ -32,6 +31,7 @@ def speculative(
     drafter: Drafter,
     rule: str,
     sampling: SamplingConfig,
+    rule_options: tuple[tuple[str, float], ...] = (),
 ) -> Method:
     """Draft, score, verify, commit, observe: one target call a round.
 
@@ -39,19 +39,15 @@ def speculative(
       name: the method's name.
       config: the target's architecture.
       drafter: where drafts come from.
-      rule: a name in `verification.RULES`.
+      rule: a name in `rules.RULES`.
       sampling: the target's distribution.
+      rule_options: keywords of the rule.
 
     Raises:
-      InputError: the rule does not keep the target's distribution with this drafter.
+      InputError: the rule is not right for drafts made in the drafter's way.
     """
-    check_choice("rule", rule, verification.RULES)
-    if rule in verification.NEEDS_LOG_Q and not drafter.samples:
-        raise InputError(
-            f"rule: {rule!r} needs drafts sampled from a known distribution, which this drafter "
-            "does not give; allowed: exact_match"
-        )
-    verify = verification.RULES[rule]
+    spec = rules.check(rule, drafter.law)
+    verify = functools.partial(spec.verify, **dict(rule_options))
     N, depth = drafter.num_nodes, drafter.max_depth
 
     def init(batch: int, slots: int) -> SpeculativeState:
@@ -66,25 +62,47 @@ def speculative(
         )
 
     def step(params: ModelParams, state: DecodeState) -> tuple[SpeculativeState, Emission]:
-        tree, drafter_state = drafter.propose(params, state.inner.drafter, state)
+        draft = drafter.propose(params, state.inner.drafter, state)
+        tree = draft.tree
         out = scoring.score(config, params["target"], state.inner.target, tree)
         assert out.logits is not None and out.cache is not None
-        logits = scoring.penalised_logits(out.logits, tree, state.tokens, state.lengths, sampling)
+        logits = out.logits
+        if sampling.repetition_penalty != 1:
+            logits = scoring.penalised_logits(
+                logits, tree.ancestry, tree.tokens, state.tokens, state.lengths, sampling
+            )
         verdict = verify(tree, logits, state.keys, state.lengths, sampling)
         count = jnp.where(state.active, verdict.count, 0)
         inner = SpeculativeState(
             scoring.commit(out.cache, tree, verdict.path, count),
-            drafter.observe(drafter_state, tree, verdict, out, state.active),
+            drafter.observe(draft.inner, tree, verdict, out, state.active),
         )
         reached = jnp.arange(1, depth + 1) < verdict.count[:, None]
         spent = work.round_work(
             len(count),
             depth,
             target_positions=N,
-            draft_calls=drafter.calls,
+            draft_calls=draft.calls,
             proposed=proposed_by_depth(tree),
             accepted=reached.astype(jnp.int32),
+            extra={**draft.counters, **verdict.counters},
         )
         return inner, Emission(verdict.tokens, count, spent)
 
-    return Method(name, ("target", *drafter.roles), depth, N, init, read, step)
+    memory = None
+    if (learned := drafter.memory) is not None:
+        memory = Memory(
+            take=lambda inner: learned.take(inner.drafter),
+            put=lambda inner, value: inner.replace(drafter=learned.put(inner.drafter, value)),
+        )
+    return Method(
+        name,
+        ("target", *drafter.roles),
+        depth,
+        N + drafter.scratch,
+        init,
+        read,
+        step,
+        counters=(*drafter.counters, *spec.counters),
+        memory=memory,
+    )

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from decoding.autoregressive import pending_tokens
 from decoding.loop import DecodeState, ModelParams
-from decoding.speculative.drafting import Drafter, observe_nothing
-from decoding.speculative.tree import DraftTree, chain
+from decoding.speculative import verification
+from decoding.speculative.drafting import Draft, Drafter, nothing, observe_nothing
+from decoding.speculative.tree import chain
 
 
 def find_continuation(
@@ -58,21 +59,17 @@ def find_continuation(
 def ngram_drafter(num_draft: int, max_ngram: int, min_ngram: int) -> Drafter:
     """Drafts a chain of `num_draft` tokens by looking the last n-gram up in the row's own text."""
 
-    def nothing(*_: Any) -> tuple[()]:
-        return ()
-
-    def propose(params: ModelParams, inner: Any, state: DecodeState) -> tuple[DraftTree, tuple[()]]:
+    def propose(params: ModelParams, inner: Any, state: DecodeState) -> Draft:
         drafts, valid = find_continuation(
             state.tokens, state.lengths, num_draft, max_ngram, min_ngram
         )
-        return chain(pending_tokens(state), drafts, valid), ()
+        return Draft(chain(pending_tokens(state), drafts, valid), ())
 
     return Drafter(
         roles=(),
         num_nodes=num_draft + 1,
         max_depth=num_draft,
-        calls=0,
-        samples=False,
+        law=verification.DETERMINISTIC,
         init=nothing,
         prefill=nothing,
         propose=propose,

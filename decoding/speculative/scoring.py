@@ -30,46 +30,53 @@ def score(
     positions = base[:, None] + tree.depth
     if tree.is_chain:
         return transformer.apply(config, params, tree.tokens, positions=positions, cache=cache)
-    ancestry = masks.ancestors(tree.parent, tree.max_depth)
-    slot = jnp.broadcast_to(jnp.arange(cache.slots), (len(base), cache.slots))
-    node = jnp.clip(slot - base[:, None], 0, tree.num_nodes - 1)
-    in_tree = slot >= base[:, None]
-    depth = jnp.take_along_axis(tree.depth, node, axis=1)
     return transformer.apply(
         config,
         params,
         tree.tokens,
         positions=positions,
-        mask=masks.tree(ancestry, base, cache.slots),
-        key_positions=jnp.where(in_tree, base[:, None] + depth, slot),
+        mask=masks.tree(tree.ancestry, base, cache.slots),
+        key_positions=key_positions(tree.depth, base, cache.slots),
         cache=cache,
     )
 
 
+def key_positions(depth: jnp.ndarray, base: jnp.ndarray, slots: int) -> jnp.ndarray:
+    """Positions int [B, S] of the keys in a cache: the text's, then the tree's by node depth.
+
+    Args:
+      depth: int [B, N]; node i stands in slot base + i.
+      base: int [B], committed length.
+      slots: S.
+    """
+    slot = jnp.broadcast_to(jnp.arange(slots), (len(base), slots))
+    node = jnp.clip(slot - base[:, None], 0, depth.shape[1] - 1)
+    in_tree = base[:, None] + jnp.take_along_axis(depth, node, axis=1)
+    return jnp.where(slot >= base[:, None], in_tree, slot)
+
+
 def penalised_logits(
     logits: jnp.ndarray,
-    tree: DraftTree,
+    ancestry: jnp.ndarray,
+    drafts: jnp.ndarray,
     tokens: jnp.ndarray,
     lengths: jnp.ndarray,
     sampling: SamplingConfig,
 ) -> jnp.ndarray:
-    """Applies the repetition penalty at every node, its own path's drafts counted as seen.
+    """Applies the repetition penalty at nodes of a tree, a path's own drafts counted as seen.
 
     Args:
-      logits: float32 [B, N, V].
-      tree: the drafts.
+      logits: float32 [B, T, V], of T nodes.
+      ancestry: bool [B, T, N], which of the tree's nodes are on each one's path.
+      drafts: int32 [B, N], tokens of the tree.
       tokens: int32 [B, M], the text.
       lengths: int32 [B].
-      sampling: with the penalty; 1 returns `logits`.
+      sampling: with the penalty, which must not be 1.
     """
-    if sampling.repetition_penalty == 1:
-        return logits
-    V = logits.shape[-1]
+    B, T, V = logits.shape
     seen = jnp.broadcast_to(seen_tokens(tokens, lengths, V)[:, None], logits.shape)
-    ancestry = masks.ancestors(tree.parent, tree.max_depth)
-    rows = jnp.arange(len(tokens))[:, None, None]
-    nodes = jnp.arange(tree.num_nodes)[None, :, None]
-    seen = seen.at[rows, nodes, tree.tokens[:, None, :]].max(ancestry)
+    rows, nodes = jnp.arange(B)[:, None, None], jnp.arange(T)[None, :, None]
+    seen = seen.at[rows, nodes, drafts[:, None, :]].max(ancestry)
     return penalise(logits, seen, sampling)
 
 

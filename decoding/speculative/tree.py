@@ -8,6 +8,8 @@ and siblings are in the order in which a rule must try them. A chain is a tree.
 import jax.numpy as jnp
 from flax import struct
 
+from models import masks
+
 NO_PARENT = -1
 
 
@@ -21,6 +23,9 @@ class DraftTree(struct.PyTreeNode):
       valid: bool [B, N]; an invalid node can neither be accepted nor have accepted descendants.
       log_q: float32 [B, I, V] or None: the drafter's distribution over the children of node i,
         for the first I nodes (all that have children). None for deterministic drafters.
+      sequences: int32 [B, K, max_depth] or None: for drafts that are K sequences sampled
+        independently, the node of each at each depth. Sequences with a common prefix may share
+        its nodes.
       max_depth: depth of the deepest node the shape allows.
       is_chain: every node's parent is the node before it; accepted paths then need no move.
     """
@@ -32,11 +37,17 @@ class DraftTree(struct.PyTreeNode):
     log_q: jnp.ndarray | None
     max_depth: int = struct.field(pytree_node=False)
     is_chain: bool = struct.field(pytree_node=False)
+    sequences: jnp.ndarray | None = None
 
     @property
     def num_nodes(self) -> int:
         """N, root included."""
         return self.tokens.shape[1]
+
+    @property
+    def ancestry(self) -> jnp.ndarray:
+        """Whether node j is i or an ancestor of i: bool [B, N, N]."""
+        return masks.ancestors(self.parent, self.max_depth)
 
 
 def chain(
@@ -64,6 +75,7 @@ def chain(
         log_q=log_q,
         max_depth=E,
         is_chain=True,
+        sequences=index[:, None, 1:],
     )
 
 

@@ -1,9 +1,8 @@
 """Verification rules: which drafts of a scored tree are kept, and what follows them.
 
-Each rule is a pure function (tree, logits, keys, positions, sampling) -> Verdict whose emitted
-tokens follow the target's distribution exactly. Which rule is right depends on how the drafts were
-made: `exact_match` for any drafter whose drafts do not depend on the noise of the rule itself,
-`speculative_sampling` for drafts sampled from `tree.log_q`.
+Each rule is a pure function (tree, logits, keys, positions, sampling) -> Verdict. Which rule keeps
+the target's distribution depends on how the drafts were made, their *law*; `rules.RULES` says which
+rule is right for which law. Here are the two rules that a chain needs.
 """
 
 from collections.abc import Callable
@@ -16,6 +15,13 @@ from decoding import randomness
 from decoding.sampling import SamplingConfig, draw, log_probs
 from decoding.speculative.tree import DraftTree
 
+# How drafts are made.
+DETERMINISTIC = "deterministic"  # without noise, or with noise that the rule shares
+CHAIN = "a sampled chain"
+INDEPENDENT = "independent sampled sequences"
+WITHOUT_REPLACEMENT = "siblings sampled without replacement"
+LAWS = (DETERMINISTIC, CHAIN, INDEPENDENT, WITHOUT_REPLACEMENT)
+
 
 class Verdict(struct.PyTreeNode):
     """What a rule decided.
@@ -25,11 +31,13 @@ class Verdict(struct.PyTreeNode):
         `count` on are meaningless.
       count: int32 [B], accepted nodes, root included; also the number of emitted tokens.
       tokens: int32 [B, M], emitted tokens: accepted drafts, then the target's own token.
+      counters: a rule's own work counters by name, int32 [B].
     """
 
     path: jnp.ndarray
     count: jnp.ndarray
     tokens: jnp.ndarray
+    counters: dict[str, jnp.ndarray] = struct.field(default_factory=dict)
 
 
 Rule = Callable[[DraftTree, jnp.ndarray, jax.Array, jnp.ndarray, SamplingConfig], Verdict]
@@ -41,7 +49,7 @@ _Walk = tuple[jnp.ndarray, jnp.ndarray]
 _Step = tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]
 
 
-def _rows(values: jnp.ndarray, index: jnp.ndarray) -> jnp.ndarray:
+def rows(values: jnp.ndarray, index: jnp.ndarray) -> jnp.ndarray:
     """values[b, index[b]]: [B, N, ...] and int [B] -> [B, ...]."""
     return jax.vmap(lambda row, i: row[i])(values, index)
 
@@ -70,9 +78,9 @@ def exact_match(
     def descend(carry: _Walk, depth: jnp.ndarray) -> tuple[_Walk, _Step]:
         node, going = carry
         if greedy is not None:
-            token = _rows(greedy, node)
+            token = rows(greedy, node)
         else:
-            token = draw(_rows(logits, node), keys, positions + depth, sampling)
+            token = draw(rows(logits, node), keys, positions + depth, sampling)
         match = tree.valid & (tree.parent == node[:, None]) & (tree.tokens == token[:, None])
         further = going & match.any(axis=1)
         next_node = jnp.where(further, match.argmax(axis=1), node).astype(jnp.int32)
@@ -107,9 +115,9 @@ def speculative_sampling(
         node, going = carry
         child = tree.valid & (tree.parent == node[:, None])
         next_node = child.argmax(axis=1).astype(jnp.int32)
-        draft = _rows(tree.tokens, next_node)
-        log_p = _rows(log_probs(_rows(logits, node), sampling), draft)
-        log_q = _rows(_rows(log_q_all, node), draft)
+        draft = rows(tree.tokens, next_node)
+        log_p = rows(log_probs(rows(logits, node), sampling), draft)
+        log_q = rows(rows(log_q_all, node), draft)
         u = randomness.uniform(randomness.at(keys, positions + depth, randomness.ACCEPT))
         further = going & child.any(axis=1) & (jnp.log(u) < log_p - log_q)
         return (jnp.where(further, next_node, node), further), (node, draft, further)
@@ -119,9 +127,9 @@ def speculative_sampling(
     path, drafts, accepted = (step.swapaxes(0, 1) for step in steps)
     count = 1 + accepted.sum(axis=1).astype(jnp.int32)
     # The walk ended at `last`, whose child, if it has one, was rejected.
-    log_p = log_probs(_rows(logits, last), sampling)
+    log_p = log_probs(rows(logits, last), sampling)
     rejected = (tree.valid & (tree.parent == last[:, None])).any(axis=1)
-    log_q = _rows(log_q_all, jnp.minimum(last, log_q_all.shape[1] - 1))
+    log_q = rows(log_q_all, jnp.minimum(last, log_q_all.shape[1] - 1))
     final = jnp.where(rejected[:, None], residual(log_p, log_q), log_p)
     noise_keys = randomness.at(keys, positions + count - 1, randomness.RESIDUAL)
     noise = randomness.gumbel(noise_keys, final.shape[-1])
@@ -140,11 +148,3 @@ def residual(log_p: jnp.ndarray, log_q: jnp.ndarray) -> jnp.ndarray:
     difference = jnp.maximum(jnp.exp(log_p) - jnp.exp(log_q), 0.0)
     empty = difference.sum(axis=-1, keepdims=True) <= 0
     return jnp.where(empty, log_p, jnp.log(difference))
-
-
-# Rules by name, and whether each one needs the drafter's distribution.
-RULES: dict[str, Rule] = {
-    "exact_match": exact_match,
-    "speculative_sampling": speculative_sampling,
-}
-NEEDS_LOG_Q = frozenset({"speculative_sampling"})

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from decoding import methods
+from decoding import method_spec, methods
 from decoding.loop import Method
 from decoding.sampling import SamplingConfig
 from models.errors import InputError
@@ -87,7 +87,7 @@ def test_values_of_the_wrong_type(value):
 
 
 def test_truth_values(monkeypatch):
-    flag = methods.Option(False, "a switch")
+    flag = method_spec.Option(False, "a switch")
     spec = methods.METHODS["autoregressive"]
     changed = methods.MethodSpec(spec.summary, spec.roles, {"flag": flag}, spec.build)
     monkeypatch.setitem(methods.METHODS, "switchable", changed)

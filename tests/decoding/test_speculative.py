@@ -125,9 +125,10 @@ def test_the_penalty_counts_the_text_and_the_drafts_of_the_nodes_own_path():
     drafts = rng.integers(0, V, (B, len(tiny.PARENTS)))
     drafts[:, 0] = tokens[np.arange(B), lengths - 1]
     logits = rng.normal(size=(B, len(tiny.PARENTS), V)).astype(np.float32)
-    found = jax.jit(scoring.penalised_logits, static_argnums=4)(
+    found = jax.jit(scoring.penalised_logits, static_argnums=5)(
         logits,
-        make_tree(drafts, tiny.PARENTS),
+        make_tree(drafts, tiny.PARENTS).ancestry,
+        drafts,
         tokens,
         lengths,
         SamplingConfig(repetition_penalty=1.7),
@@ -244,7 +245,10 @@ def test_residual():
 
 def test_a_rule_that_needs_q_refuses_a_drafter_that_has_none():
     drafter = tiny.branching_drafter(tiny.PARENTS, 5, False)
-    with pytest.raises(InputError, match="rule: 'speculative_sampling' needs drafts sampled"):
+    with pytest.raises(
+        InputError,
+        match="rule: 'speculative_sampling' needs a sampled chain; these drafts are deterministic",
+    ):
         speculative("x", tiny.SMALL, drafter, "speculative_sampling", SamplingConfig(1.0))
     with pytest.raises(InputError, match=r"rule: 'exact_mach' is not known .*'exact_match'"):
         speculative("x", tiny.SMALL, drafter, "exact_mach", SamplingConfig(1.0))
@@ -341,10 +345,12 @@ def test_drafts_and_their_distribution_are_the_draft_models_own():
     """log_q of every draft, given the drafts before it, from the draft model without a cache."""
     config = SamplingConfig(1.3, top_p=0.9, repetition_penalty=1.5)
     drafter = model_drafter(tiny.SMALL_DRAFT, 3, config, randomness.DRAFT)
-    assert (drafter.calls, drafter.num_nodes, drafter.max_depth) == (3, 4, 3)
+    assert (drafter.num_nodes, drafter.max_depth) == (4, 3)
     method = speculative("x", tiny.SMALL, drafter, "speculative_sampling", config)
     state = tiny.start(method, MODELS, SMALL_PROMPTS, slots=SLOTS, buffer=BUFFER)
-    tree, cache = jax.jit(drafter.propose)(MODELS, state.inner.drafter, state)
+    draft = jax.jit(drafter.propose)(MODELS, state.inner.drafter, state)
+    tree, cache = draft.tree, draft.inner
+    assert draft.calls == 3
     np.testing.assert_array_equal(cache.lengths, np.asarray(state.lengths) - 1)
     np.testing.assert_array_equal(tree.tokens[:, 0], [row[-1] for row in SMALL_PROMPTS])
     processor = hf.RepetitionPenaltyLogitsProcessor(1.5)

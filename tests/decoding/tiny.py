@@ -13,7 +13,8 @@ import numpy as np
 
 from decoding import generation, loop, methods, randomness, stopping
 from decoding.sampling import SamplingConfig
-from decoding.speculative.drafting import Drafter, observe_nothing
+from decoding.speculative import verification
+from decoding.speculative.drafting import Draft, Drafter, nothing, observe_nothing
 from decoding.speculative.tree import DraftTree
 from models import transformer
 from models.config import TransformerConfig
@@ -168,10 +169,7 @@ def branching_drafter(parents: tuple[int, ...], vocab: int, random: bool) -> Dra
     depth = depths(parents)
     N = len(parents)
 
-    def nothing(*_: Any) -> tuple[()]:
-        return ()
-
-    def propose(params: Any, inner: Any, state: loop.DecodeState) -> tuple[DraftTree, Any]:
+    def propose(params: Any, inner: Any, state: loop.DecodeState) -> Draft:
         B, node = state.lengths.shape[0], jnp.arange(N)
         if random:
             keys = randomness.at(state.keys, state.lengths, 99)
@@ -189,9 +187,10 @@ def branching_drafter(parents: tuple[int, ...], vocab: int, random: bool) -> Dra
             max_depth=max(depth),
             is_chain=False,
         )
-        return tree, ()
+        return Draft(tree, ())
 
-    return Drafter((), N, max(depth), 0, False, nothing, nothing, propose, observe_nothing)
+    law = verification.DETERMINISTIC
+    return Drafter((), N, max(depth), law, nothing, nothing, propose, observe_nothing)
 
 
 def start(
