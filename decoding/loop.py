@@ -89,6 +89,7 @@ class Method(NamedTuple):
         but their cache lengths must not move.
       counters: names of its own work counters, see `Stats.extra`.
       memory: what it learns in a run and may take into the next one; None if nothing.
+      lossless: whether its text follows the target's distribution.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Method(NamedTuple):
     step: Callable[[ModelParams, DecodeState], tuple[Any, Emission]]
     counters: tuple[str, ...] = ()
     memory: Memory | None = None
+    lossless: bool = True
 
 
 def _is_cache(node: Any) -> bool:

@@ -7,7 +7,7 @@ from decoding.autoregressive import autoregressive
 from decoding.loop import Method
 from decoding.method_spec import Configs, MethodSpec, parse_value
 from decoding.sampling import SamplingConfig
-from decoding.speculative import chain_systems, tree_systems
+from decoding.speculative import aded, bild, chain_systems, token_recycling, tree_systems
 from models.errors import InputError, check_choice, nearest
 
 METHODS: dict[str, MethodSpec] = {
@@ -19,6 +19,9 @@ METHODS: dict[str, MethodSpec] = {
     ),
     **chain_systems.SPECS,
     **tree_systems.SPECS,
+    "aded": aded.SPEC,
+    "bild": bild.SPEC,
+    "token_recycling": token_recycling.SPEC,
 }
 
 

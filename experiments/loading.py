@@ -81,6 +81,11 @@ def load_configs(
             raise InputError(
                 f"{role}: method {method} has no {role} model; allowed: {', '.join(roles)}"
             )
+    return check_vocabularies(sources)
+
+
+def check_vocabularies(sources: Mapping[str, str]) -> dict[str, TransformerConfig]:
+    """The architectures by role; InputError where one has not the target's vocabulary."""
     configs = {role: load_config(source) for role, source in sources.items()}
     for role in sources:
         if role != "target":

@@ -13,7 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: distinct for colour-blind readers too.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442",
+    "#000000", "#882255", "#999999",
+)  # fmt: skip
 plt.rcParams.update(
     {
         "figure.dpi": 110,
@@ -139,6 +142,20 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set_ylim(bottom=0)
         axis.set_title(f"Tokens/s, T={temperature:g}, batch {batch}")
         axis.grid(axis="x", visible=False)
+    return figure
+
+
+def lines(spec: Mapping[str, Any]) -> Figure:
+    """A line chart: title, x_label, y_label and series of label, x and y."""
+    figure, (axis,) = _figure(1)
+    figure.set_size_inches(6.4, 3.8)
+    for i, series in enumerate(spec["series"]):
+        colour = COLOURS[i % len(COLOURS)]
+        axis.plot(series["x"], series["y"], "o-", color=colour, label=series["label"], ms=4)
+    axis.set_title(spec["title"])
+    axis.set_xlabel(spec["x_label"])
+    axis.set_ylabel(spec["y_label"])
+    axis.legend(fontsize=8)
     return figure
 
 

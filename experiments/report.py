@@ -41,6 +41,7 @@ def render(found: Mapping[str, Any]) -> str:
         ("Speed", plots.bars(found["runs"])),
         ("Acceptance", plots.acceptance(found["runs"])),
         ("Every repeat", plots.throughput(found["runs"])),
+        *((name.capitalize(), plots.lines(spec)) for name, spec in found["figures"].items()),
         ("Training", plots.training_curves(found["models"])),
     ]
     environment = jinja2.Environment(

@@ -25,13 +25,18 @@ def decode_all(
     *,
     batch_size: int,
     seed: int = 0,
+    hot: bool = False,
 ) -> list[Row]:
-    """Continues all prompts, `batch_size` rows at a time; row numbers are the prompts'."""
+    """Continues all prompts, `batch_size` rows at a time; row numbers are the prompts'.
+
+    With `hot` each batch begins with what the method learned from those before it.
+    """
     rows: list[Row] = []
+    memory = generation.HotStart() if hot else None
     for first in range(0, len(prompts), batch_size):
         part = prompts[first : first + batch_size]
         ids = range(first, first + len(part))
-        rows += generation.generate(params, part, method, stop, seed=seed, row_ids=ids)
+        rows += generation.generate(params, part, method, stop, seed=seed, row_ids=ids, hot=memory)
     return rows
 
 
@@ -69,3 +74,14 @@ def side_by_side(
 def speedup(baseline: Sequence[float], other: Sequence[float]) -> float:
     """Median over repeats of baseline time / other time, repeat by repeat."""
     return statistics.median(b / o for b, o in zip(baseline, other, strict=True))
+
+
+def medians(runs: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
+    """Median of the seconds that each callable returns, run in turn after a warm-up."""
+    for run in runs.values():
+        run()
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(run())
+    return {name: statistics.median(values) for name, values in seconds.items()}

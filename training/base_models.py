@@ -21,7 +21,7 @@ from models import files, hf_checkpoint
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice, nearest
 from models.tokenizer import Tokenizer
-from training import batches, checkpoints, language_model, metric_writers
+from training import alignment, batches, checkpoints, language_model, loop, metric_writers
 from training import tokenizers as tokenizer_training
 from training.datasets import registry
 from training.language_model import Distillation, Target, TrainConfig
@@ -60,6 +60,34 @@ class BaseModel:
         if self.eval_batches < 1:
             raise InputError(f"eval_batches: {self.eval_batches} must be at least 1")
 
+    @property
+    def parents(self) -> dict[str, str]:
+        """Named models that it is made from, by role."""
+        return {"target": self.distilled_from} if self.distilled_from else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignedModel(BaseModel):
+    """The recipe of a draft that is fine-tuned on its target's answers; see `training.alignment`.
+
+    The dataset has a field `question`; the architecture is the draft's, not `train.model`.
+
+    Attributes:
+      draft: the named model that training starts from.
+      target: the named model that answers.
+      num_prompts: training prompts that it answers.
+      max_new_tokens: of an answer.
+    """
+
+    draft: str = ""
+    target: str = ""
+    num_prompts: int = 1000
+    max_new_tokens: int = 64
+
+    @property
+    def parents(self) -> dict[str, str]:
+        return {"draft": self.draft, "target": self.target}
+
 
 def _llama(layers: int, width: int, vocab_size: int) -> TransformerConfig:
     return TransformerConfig(
@@ -94,16 +122,25 @@ def _recipe(
     return BaseModel(dataset, vocab_size, train, distilled_from=distilled_from, **more)
 
 
-RECIPES = {
+def _aligned(
+    draft: str, target: str, steps: int, *, learning_rate: float, **more: Any
+) -> AlignedModel:
+    start = RECIPES[draft]
+    optimizer = OptimizerConfig(learning_rate=learning_rate, warmup_steps=min(20, steps // 10))
+    train = dataclasses.replace(start.train, num_steps=steps, optimizer=optimizer)
+    return AlignedModel(start.dataset, start.vocab_size, train, draft=draft, target=target, **more)
+
+
+RECIPES: dict[str, BaseModel] = {
     # The target's weights are larger than a CPU's cache, as those of any real target are: only then
     # does a call on several tokens cost little more than a call on one.
-    "code_target": _recipe("stdlib_code", 1024, 2, 512, 300, learning_rate=8e-4, batch_size=4),
+    "code_target": _recipe("stdlib_code", 1024, 4, 512, 140, learning_rate=8e-4, batch_size=4),
     "code_draft": _recipe(
         "stdlib_code",
         1024,
         1,
         128,
-        300,
+        170,
         learning_rate=4e-3,
         batch_size=4,
         distilled_from="code_target",
@@ -117,7 +154,12 @@ RECIPES = {
     "arithmetic_draft": _recipe(
         "arithmetic", 384, 1, 64, 200, learning_rate=4e-3, distilled_from="arithmetic_target"
     ),
+    "numbers_target": _recipe("spelled_numbers", 384, 4, 256, 250, learning_rate=2e-3),
+    "numbers_draft": _recipe("spelled_numbers", 384, 1, 64, 400, learning_rate=6e-3),
 }
+RECIPES["numbers_draft_aligned"] = _aligned(
+    "numbers_draft", "numbers_target", 200, learning_rate=2e-3, num_prompts=3000, max_new_tokens=48
+)
 
 
 def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> BaseModel:
@@ -125,15 +167,16 @@ def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> BaseModel:
 
     Args:
       name: a key of `RECIPES`.
-      overrides: dotted field to value, such as `{'train.num_steps': 20}`; for a distilled model,
-        fields of its target are prefixed 'target.' and not read here.
+      overrides: dotted field to value, such as `{'train.num_steps': 20}`; fields of a model that
+        it is made from are prefixed with that one's role ('target.') and not read here.
 
     Raises:
       InputError: an unknown name or field, naming the nearest.
     """
     check_choice("base model", name, RECIPES)
+    prefixes = tuple(f"{role}." for role in RECIPES[name].parents)
     own = {
-        path: value for path, value in (overrides or {}).items() if not path.startswith("target.")
+        path: value for path, value in (overrides or {}).items() if not path.startswith(prefixes)
     }
     return _replace(RECIPES[name], own, "")
 
@@ -171,8 +214,8 @@ def ensure(
       name: a key of `RECIPES`.
       cache_dir: where models, tokenisers and data are kept; None for
         `files.cache_root()`.
-      overrides: see `recipe`. Those prefixed 'target.' are for the model that a draft is
-        distilled from: a draft must be made with the same ones as the target that it drafts for.
+      overrides: see `recipe`. Those prefixed 'target.' are for the model that a draft learns
+        from: a draft must be made with the same ones as the target that it drafts for.
 
     Returns:
       A directory with config.json, model.safetensors, tokenizer.json, tokenizer_config.json and
@@ -184,29 +227,29 @@ def ensure(
     """
     cache = pathlib.Path(cache_dir) if cache_dir else files.cache_root()
     chosen = recipe(name, overrides)
-    target_directory = None
-    if chosen.distilled_from is not None:
-        target_directory = ensure(
-            chosen.distilled_from, cache_dir=cache, overrides=target_overrides(overrides)
-        )
+    parents = {
+        role: ensure(parent, cache_dir=cache, overrides=role_overrides(role, overrides))
+        for role, parent in chosen.parents.items()
+    }
     identity = {
         "recipe": dataclasses.asdict(chosen),
         "data": _data_identity(chosen, cache),
-        "target": target_directory.name if target_directory else None,
+        "target": None,
+        **{role: directory.name for role, directory in parents.items()},
         "code_version": CODE_VERSION,
     }
     final = cache / "models" / f"{name}-{_digest(identity)}"
 
     def make(work: pathlib.Path, result: pathlib.Path) -> None:
         tokenizer = _ensure_tokenizer(chosen, cache)
-        _train(name, chosen, identity, cache, tokenizer, target_directory, work, result)
+        _train(name, chosen, identity, cache, tokenizer, parents, work, result)
 
     return _cached(final, make)
 
 
-def target_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those of a draft's overrides that are its target's, without their prefix."""
-    prefix = "target."
+def role_overrides(role: str, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those overrides that are for the model of `role`, without their prefix."""
+    prefix = f"{role}."
     return {
         path[len(prefix) :]: value
         for path, value in (overrides or {}).items()
@@ -286,7 +329,7 @@ def _train(
     identity: Mapping[str, Any],
     cache: pathlib.Path,
     tokenizer_directory: pathlib.Path,
-    target_directory: pathlib.Path | None,
+    parents: Mapping[str, pathlib.Path],
     work: pathlib.Path,
     result: pathlib.Path,
 ) -> None:
@@ -296,8 +339,40 @@ def _train(
         vocab_size=backend.get_vocab_size(),
         eos_token_ids=(backend.token_to_id(tokenizer_training.END_OF_TEXT),),
     )
+    if "draft" in parents:
+        model = hf_checkpoint.load_config(parents["draft"])
     config = dataclasses.replace(chosen.train, model=model)
     tokenizer = Tokenizer.from_directory(tokenizer_directory, model)
+    run = {"workdir": work / "run", "identity": identity, "description": name}
+    if isinstance(chosen, AlignedModel):
+        trained = _align(chosen, config, cache, tokenizer, parents, run)
+    else:
+        trained = _fit(chosen, config, cache, tokenizer, parents, run)
+    hf_checkpoint.save(result, model, trained.state.params, tokenizer_from=tokenizer_directory)
+    lines = metric_writers.read_metrics(work / "run" / metric_writers.METRICS_FILE)
+    summary = {
+        "name": name,
+        **identity,
+        "num_params": model.num_params(),
+        "tokens": config.num_steps * config.batch_size * config.sequence_length,
+        "seconds": trained.seconds,
+        **trained.metrics,
+        "curve": [line for line in lines if "loss" in line],
+        "evaluations": [line for line in lines if "eval_loss" in line],
+    }
+    with checkpoints.disk_errors("cannot write the summary", result):
+        checkpoints.write_json(result / SUMMARY_FILE, summary)
+
+
+def _fit(
+    chosen: BaseModel,
+    config: TrainConfig,
+    cache: pathlib.Path,
+    tokenizer: Tokenizer,
+    parents: Mapping[str, pathlib.Path],
+    run: Mapping[str, Any],
+) -> loop.Result:
+    """Trains on the dataset; distils from the target if there is one."""
     documents = {
         split: batches.TokenizedDocuments(_examples(chosen, cache, split), tokenizer)
         for split in ("train", "validation")
@@ -306,28 +381,36 @@ def _train(
     held_out = list(batches.eval_batches(documents["validation"], batch_size=rows, seq_len=tokens))
     # Spread over the split, which is in the order of its documents.
     stride = max(1, len(held_out) // chosen.eval_batches)
-    trained = language_model.train(
+    return language_model.train(
         config,
         train_batches=batches.train_batches(
             documents["train"], batch_size=rows, seq_len=tokens, seed=config.seed
         ),
         eval_batches=held_out[::stride][: chosen.eval_batches],
-        workdir=work / "run",
-        identity=identity,
-        target=Target(*hf_checkpoint.load(target_directory)) if target_directory else None,
-        description=name,
+        target=Target(*hf_checkpoint.load(parents["target"])) if parents else None,
+        **run,
     )
-    hf_checkpoint.save(result, model, trained.state.params, tokenizer_from=tokenizer_directory)
-    lines = metric_writers.read_metrics(work / "run" / metric_writers.METRICS_FILE)
-    summary = {
-        "name": name,
-        **identity,
-        "num_params": model.num_params(),
-        "tokens": config.num_steps * rows * tokens,
-        "seconds": trained.seconds,
-        **trained.metrics,
-        "curve": [line for line in lines if "loss" in line],
-        "evaluations": [line for line in lines if "eval_loss" in line],
+
+
+def _align(
+    chosen: AlignedModel,
+    config: TrainConfig,
+    cache: pathlib.Path,
+    tokenizer: Tokenizer,
+    parents: Mapping[str, pathlib.Path],
+    run: Mapping[str, Any],
+) -> loop.Result:
+    """Fine-tunes the draft on the target's answers."""
+    questions = {
+        split: [example["question"] for example in _examples(chosen, cache, split)[:count]]
+        for split, count in (("train", chosen.num_prompts), ("validation", 100))
     }
-    with checkpoints.disk_errors("cannot write the summary", result):
-        checkpoints.write_json(result / SUMMARY_FILE, summary)
+    return alignment.align(
+        config,
+        hf_checkpoint.load(parents["draft"])[1],
+        Target(*hf_checkpoint.load(parents["target"])),
+        tokenizer,
+        questions,
+        max_new_tokens=chosen.max_new_tokens,
+        **run,
+    )

@@ -19,15 +19,38 @@ from models import transformer
 from models.config import TransformerConfig
 
 
+def feed(
+    config: TransformerConfig, params: transformer.Params, cache: kv.KVCache, tokens: jnp.ndarray
+) -> tuple[jnp.ndarray, kv.KVCache]:
+    """Runs and commits tokens int [B, T]: hidden states [B, T, D] and the longer cache."""
+    out = transformer.apply(config, params, tokens, cache=cache, with_logits=False)
+    assert out.cache is not None
+    return out.hidden, kv.truncate(out.cache, out.cache.lengths + tokens.shape[1])
+
+
+def feed_pending(
+    config: TransformerConfig, params: transformer.Params, cache: kv.KVCache, state: DecodeState
+) -> tuple[jnp.ndarray, kv.KVCache]:
+    """Feeds each row's last two tokens again: hidden [B, D] after the last, all text cached.
+
+    Whatever was accepted before, at most these two are missing, and writing them twice changes
+    nothing.
+    """
+    first = jnp.maximum(state.lengths - 2, 0)
+    last_two = jnp.take_along_axis(state.tokens, first[:, None] + jnp.arange(2), axis=1)
+    hidden, cache = feed(config, params, kv.truncate(cache, first), last_two)
+    # A row of one token has its root in the first of the two places.
+    hidden = jnp.where((state.lengths >= 2)[:, None], hidden[:, 1], hidden[:, 0])
+    return hidden, kv.truncate(cache, state.lengths)
+
+
 @functools.cache
 def model_drafter(
     config: TransformerConfig, num_draft: int, sampling: SamplingConfig, purpose: int
 ) -> Drafter:
     """Drafts `num_draft` tokens with the model of role 'draft'.
 
-    The draft's cache is kept in step by feeding the last two committed tokens again at each
-    round: whatever was accepted before, at most these two are missing, and writing them twice
-    changes nothing.
+    The draft's cache is kept in step by `feed_pending` at each round.
 
     Args:
       config: the draft model's architecture.
@@ -47,22 +70,9 @@ def model_drafter(
     ) -> kv.KVCache:
         return prefill(config, params["draft"], cache, tokens, lengths)
 
-    def call(
-        params: ModelParams, cache: kv.KVCache, tokens: jnp.ndarray
-    ) -> tuple[jnp.ndarray, kv.KVCache]:
-        out = transformer.apply(config, params["draft"], tokens, cache=cache, with_logits=False)
-        assert out.cache is not None
-        advanced = kv.truncate(out.cache, out.cache.lengths + tokens.shape[1])
-        return out.hidden, advanced
-
     def propose(params: ModelParams, cache: kv.KVCache, state: DecodeState) -> Draft:
         lengths = state.lengths
-        first = jnp.maximum(lengths - 2, 0)
-        last_two = jnp.take_along_axis(state.tokens, first[:, None] + jnp.arange(2), axis=1)
-        hidden, cache = call(params, kv.truncate(cache, first), last_two)
-        # A row of one token has its root in the first of the two places.
-        hidden = jnp.where((lengths >= 2)[:, None], hidden[:, 1], hidden[:, 0])
-        cache = kv.truncate(cache, lengths)
+        hidden, cache = feed_pending(config, params["draft"], cache, state)
         seen = None
         if sampling.repetition_penalty != 1:
             seen = seen_tokens(state.tokens, lengths, config.vocab_size)
@@ -78,7 +88,7 @@ def model_drafter(
 
         def extend(carry: Any, i: jnp.ndarray) -> tuple[Any, Any]:
             cache, token, seen = carry
-            hidden, cache = call(params, cache, token[:, None])
+            hidden, cache = feed(config, params["draft"], cache, token[:, None])
             token, log_q, seen = decide(hidden[:, 0], seen, i)
             return (cache, token, seen), (token, log_q)
 

@@ -105,4 +105,5 @@ def speculative(
         step,
         counters=(*drafter.counters, *spec.counters),
         memory=memory,
+        lossless=spec.lossless,
     )

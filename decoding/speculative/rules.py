@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from decoding.speculative import multi_draft, typical, verification
+from decoding.speculative import multi_draft, rollback, typical, verification
 from decoding.speculative.verification import (
     CHAIN,
     INDEPENDENT,
@@ -38,6 +38,7 @@ RULES: dict[str, RuleSpec] = {
     "multi_round": RuleSpec(multi_draft.multi_round, (CHAIN, INDEPENDENT)),
     "recursive_rejection": RuleSpec(multi_draft.recursive_rejection, (CHAIN, WITHOUT_REPLACEMENT)),
     "typical_acceptance": RuleSpec(typical.typical_acceptance, LAWS, lossless=False),
+    "rollback": RuleSpec(rollback.rollback, (CHAIN,), lossless=False, counters=rollback.COUNTERS),
 }
 
 

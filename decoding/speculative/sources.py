@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decoding.autoregressive import pending_tokens
 from decoding.loop import DecodeState, ModelParams
 from decoding.prefill import prefill
 from decoding.sampling import SamplingConfig, log_probs
 from decoding.speculative import scoring
+from decoding.speculative.draft_model import feed_pending
 from decoding.speculative.drafting import nothing
 from models import cache as kv
 from models import masks, transformer
@@ -125,19 +127,6 @@ def model_source(config: TransformerConfig, sampling: SamplingConfig) -> Source:
     of an accepted path the last node may not have been fed.
     """
 
-    def call(
-        params: ModelParams,
-        cache: kv.KVCache,
-        state: DecodeState,
-        tokens: jnp.ndarray,
-        **where: Any,
-    ) -> tuple[jnp.ndarray, kv.KVCache]:
-        out = transformer.apply(
-            config, params["draft"], tokens, cache=cache, with_logits=False, **where
-        )
-        assert out.cache is not None
-        return out.hidden, out.cache
-
     def distribution(
         params: ModelParams, hidden: jnp.ndarray, state: DecodeState, tree: Growing, rows: Any
     ) -> jnp.ndarray:
@@ -151,16 +140,10 @@ def model_source(config: TransformerConfig, sampling: SamplingConfig) -> Source:
     def root(
         params: ModelParams, cache: kv.KVCache, state: DecodeState
     ) -> tuple[jnp.ndarray, kv.KVCache]:
-        lengths = state.lengths
-        first = jnp.maximum(lengths - 2, 0)
-        last_two = jnp.take_along_axis(state.tokens, first[:, None] + jnp.arange(2), axis=1)
-        hidden, cache = call(params, kv.truncate(cache, first), state, last_two)
-        # A row of one token has its root in the first of the two places.
-        hidden = jnp.where((lengths >= 2)[:, None], hidden[:, 1], hidden[:, 0])[:, None]
-        pending = last_two[:, 1:]
-        tree = plant(jnp.where(lengths >= 2, pending[:, 0], last_two[:, 0]), 1)
-        log_q = distribution(params, hidden, state, tree, tree.ancestry)
-        return log_q[:, 0], kv.truncate(cache, lengths - 1)
+        hidden, cache = feed_pending(config, params["draft"], cache, state)
+        tree = plant(pending_tokens(state), 1)
+        log_q = distribution(params, hidden[:, None], state, tree, tree.ancestry)
+        return log_q[:, 0], kv.truncate(cache, state.lengths - 1)
 
     def nodes(
         params: ModelParams,
@@ -172,16 +155,19 @@ def model_source(config: TransformerConfig, sampling: SamplingConfig) -> Source:
     ) -> tuple[jnp.ndarray, kv.KVCache]:
         base = state.lengths - 1
         rows = _window(tree.ancestry, first, width)
-        hidden, cache = call(
-            params,
-            kv.truncate(cache, base + first),
-            state,
+        out = transformer.apply(
+            config,
+            params["draft"],
             _window(tree.tokens, first, width),
             positions=base[:, None] + _window(tree.depth, first, width),
             mask=masks.tree(rows, base, cache.slots),
             key_positions=scoring.key_positions(tree.depth, base, cache.slots),
+            cache=kv.truncate(cache, base + first),
+            with_logits=False,
         )
-        return distribution(params, hidden, state, tree, rows), kv.truncate(cache, base)
+        assert out.cache is not None
+        log_q = distribution(params, out.hidden, state, tree, rows)
+        return log_q, kv.truncate(out.cache, base)
 
     def commit(cache: kv.KVCache, path: jnp.ndarray, count: jnp.ndarray) -> kv.KVCache:
         # The last accepted node need not have been fed; it is fed again as the last but one token.

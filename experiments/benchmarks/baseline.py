@@ -4,7 +4,6 @@ Everything of a shape is measured in one process, in turn. Times are medians ove
 are medians of ratios taken repeat by repeat.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -124,17 +123,6 @@ def _decode_only(
     return run
 
 
-def _median_of(runs: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
-    """Median of the seconds that each callable returns, run in turn after a warm-up."""
-    for run in runs.values():
-        run()
-    seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            seconds[name].append(run())
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def floor(
     config: TransformerConfig, params: transformer.Params, repeats: int
 ) -> list[dict[str, float]]:
@@ -144,7 +132,7 @@ def floor(
     """
     runs = {b: _decode_only(config, params, b, NEW_TOKENS) for b in BATCHES}
     bandwidth = read_bandwidth()
-    seconds = _median_of(runs, repeats)
+    seconds = timing.medians(runs, repeats)
     bandwidth = max(bandwidth, read_bandwidth())
     mean_length = PROMPT_TOKENS + NEW_TOKENS / 2
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
@@ -173,7 +161,7 @@ def by_slots(
         slots: _decode_only(config, params, 1, min(slots, config.max_position) - PROMPT_TOKENS)
         for slots in SLOTS
     }
-    seconds = _median_of(runs, repeats)
+    seconds = timing.medians(runs, repeats)
     return [{"slots": s, "ms_per_step": seconds[s] / NEW_TOKENS * 1e3} for s in SLOTS]
 
 
@@ -208,7 +196,7 @@ def scoring(
     config: TransformerConfig, params: transformer.Params, repeats: int
 ) -> list[dict[str, float]]:
     """Time of one call on several tokens over one call on one token, batch 1."""
-    seconds = _median_of({t: _calls(config, params, t, 32) for t in (1, 2, 4, 8, 16)}, repeats)
+    seconds = timing.medians({t: _calls(config, params, t, 32) for t in (1, 2, 4, 8, 16)}, repeats)
     return [
         {"tokens": t, "ms": s * 1e3, "over_one_token": s / seconds[1]} for t, s in seconds.items()
     ]
@@ -253,7 +241,7 @@ def round_overhead(
         "draft_two": _calls(draft, weights["draft"], 2, 32),
         "draft_one": _calls(draft, weights["draft"], 1, 32),
     }
-    seconds = _median_of(runs, repeats)
+    seconds = timing.medians(runs, repeats)
     calls = seconds["target"] + seconds["draft_two"] + (NUM_DRAFT - 1) * seconds["draft_one"]
     return {
         "round_ms": seconds["round"] * 1e3,

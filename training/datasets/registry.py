@@ -21,12 +21,14 @@ from models.errors import InputError, nearest
 from models.files import cache_root
 from training.datasets.arithmetic import Arithmetic
 from training.datasets.jsonl_prompts import JsonlPrompts
+from training.datasets.spelled_numbers import SpelledNumbers
 from training.datasets.stdlib_code import StdlibCode
 from training.datasets.text_files import TextFiles
 
 BUILDERS = {
     "stdlib_code": StdlibCode,
     "arithmetic": Arithmetic,
+    "spelled_numbers": SpelledNumbers,
     "text_files": TextFiles,
     "jsonl_prompts": JsonlPrompts,
 }

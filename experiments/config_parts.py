@@ -1,0 +1,80 @@
+"""Parts that the config files of decoding comparisons share; see `experiments/comparison.py`."""
+
+from ml_collections import ConfigDict
+
+
+def comparison(name: str) -> ConfigDict:
+    """A comparison on held-out code with the embedded pair, without methods yet."""
+    config = ConfigDict()
+    config.name = name
+    config.experiment = "comparison"
+    config.seed = 0
+
+    # A role's model: a named base model (trained on first use), a checkpoint directory in
+    # Hugging Face's format, or random:SIZE.
+    config.models = ConfigDict({"target": "code_target", "draft": "code_draft"})
+
+    config.data = ConfigDict()
+    config.data.dataset = "stdlib_code"
+    config.data.split = "test"
+    config.data.num_prompts = 8
+    config.data.prompt_tokens = 64
+    config.data.builder_options = ConfigDict()
+
+    config.decode = ConfigDict()
+    config.decode.temperatures = (0.0, 1.0)
+    config.decode.top_k = 0
+    config.decode.top_p = 1.0
+    config.decode.batch_sizes = (1,)
+    config.decode.max_new_tokens = 128
+    config.decode.repeats = 2
+    # The first method is the baseline of the speed-ups.
+    config.decode.methods = ()
+
+    config.lossless = ConfigDict({"samples": 1024, "batch_size": 512})
+    config.analyses = ()
+    config.claims = ()
+    return config
+
+
+def method(label: str, name: str, *, hot: bool = False, **options: object) -> ConfigDict:
+    """An entry of `config.decode.methods`.
+
+    Args:
+      label: as reports show it.
+      name: of `decoding.methods.METHODS`.
+      hot: what the method learns from a prompt serves the next.
+      options: the method's own.
+    """
+    return ConfigDict({"label": label, "method": name, "hot": hot, "options": options})
+
+
+def claim(
+    label: str,
+    metric: str,
+    at_least: float,
+    *,
+    temperature: float,
+    batch_size: int = 1,
+    over: str | None = None,
+) -> ConfigDict:
+    """An entry of `config.claims`: a metric of a method is at least so large.
+
+    Args:
+      label: the method's.
+      metric: 'speedup', 'tokens_per_target_call', 'agreement', ...
+      at_least: the bound.
+      temperature: of the run.
+      batch_size: of the run.
+      over: label of a method whose metric divides it.
+    """
+    return ConfigDict(
+        {
+            "label": label,
+            "metric": metric,
+            "at_least": at_least,
+            "temperature": temperature,
+            "batch_size": batch_size,
+            "over": over or "",
+        }
+    )

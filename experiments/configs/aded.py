@@ -1,0 +1,73 @@
+"""ADED: drafts searched in a tri-gram store that learns while it decodes (arXiv 2407.12021).
+
+    python -m experiments.run --config=experiments/configs/aded.py:offline --workdir=runs/aded
+    python -m experiments.sweep --config=experiments/configs/aded.py:offline --workdir=runs/aded_s
+
+Compares drafters that need no model: prompt look-up, Token Recycling, and the tri-gram store with
+and without updates, searched by PUCT or greedily. All that learn carry what they learned from one
+prompt to the next. The default preset has the published settings (Vicuna-7B, MT-Bench, 1024 new
+tokens) for files of your own; `:offline` is the embedded code model.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.config_parts import claim, comparison, method
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """Drafters without a model, at temperature 0."""
+    config = comparison("aded")
+    config.models = ConfigDict({"target": "code_target"})
+    config.decode.temperatures = (0.0,)
+    if preset != "offline":
+        config.models.target = "checkpoints/vicuna-7b-v1.3"
+        # Lines {"prompt": "..."}; a prompt is `prompt_tokens` tokens out of one of them.
+        config.data.update(
+            dataset="jsonl_prompts",
+            text_field="prompt",
+            builder_options={"path": "data/mt_bench.jsonl"},
+            num_prompts=80,
+            prompt_tokens=32,
+        )
+        config.decode.max_new_tokens = 1024
+    config.decode.methods = (
+        method("plain", "autoregressive"),
+        method("prompt look-up", "prompt_lookup", num_draft=10, max_ngram=3),
+        method("Token Recycling", "token_recycling", hot=True),
+        method("ADED, no update", "aded", hot=True, update=False),
+        method("ADED, best-first", "aded", hot=True, search="best_first"),
+        method("ADED", "aded", hot=True),
+        method("ADED, value as in code", "aded", hot=True, value="code"),
+    )
+    config.claims = tuple(
+        claim("ADED", "tokens_per_target_call", 1.0, temperature=0.0, over=other)
+        for other in ("ADED, no update", "ADED, best-first")
+    )
+    return config
+
+
+# The published value of each option is the first.
+_ABLATION = {
+    "iterations": (150, 10, 50, 500),
+    "delta": (0.04, 0.0, 0.01, 0.2),
+    "c1": (32.0, 1.814),
+}
+
+
+def sweep() -> list[dict[str, object]]:
+    """The published settings, and each option alone at other values."""
+    published = {option: values[0] for option, values in _ABLATION.items()}
+    settings = [("published", published)]
+    for option, values in _ABLATION.items():
+        settings += [(f"{option} {v:g}", {**published, option: v}) for v in values[1:]]
+    return [
+        {
+            "decode.methods": (
+                method("plain", "autoregressive"),
+                method("ADED", "aded", hot=True, **options),
+            ),
+            "claims": (),
+            "name": name,
+        }
+        for name, options in settings
+    ]

@@ -1,0 +1,167 @@
+"""Runs the sweep of a config: each setting is an experiment of its own, then one page for all.
+
+    python -m experiments.sweep --config=experiments/configs/rsd.py:offline --workdir=runs/rsd_sweep
+
+The config file's `sweep()` returns a list of overrides (dotted field -> value; `name` labels the
+setting). Settings that have results already are not run again, so a sweep that was stopped goes on.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from experiments import cli
+from models.errors import InputError
+
+FLAGS = flags.FlagValues()
+_CONFIG = flags.DEFINE_string(
+    "config", None, "Config file, optionally with a preset: x.py:preset.", flag_values=FLAGS
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all results.", flag_values=FLAGS)
+
+SWEEP_FILE = "sweep.json"
+_METRICS = {"tokens_per_target_call": "tokens per target call", "speedup": "speed-up"}
+
+
+def settings(argument: str) -> list[ConfigDict]:
+    """The configs of a sweep, in its order.
+
+    Args:
+      argument: FILE or FILE:PRESET, as for `--config` of `experiments.run`.
+
+    Raises:
+      InputError: the file has no `sweep()`, or an override names no field of the config.
+    """
+    base = cli.load_config_file(argument)
+    path = Path(argument.partition(":")[0])
+    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sweep: Callable[[], Sequence[Mapping[str, Any]]] | None = getattr(module, "sweep", None)
+    if sweep is None:
+        raise InputError(f"config: {path} has no function sweep")
+    configs = []
+    for number, overrides in enumerate(sweep()):
+        config = ConfigDict(base.to_dict())
+        config.name = f"{base.name} {number}"
+        for field, value in overrides.items():
+            _set(config, field, value)
+        configs.append(config)
+    names = [config.name for config in configs]
+    if len(set(names)) < len(names):
+        raise InputError(f"config: sweep of {path}: two settings share a name; given: {names}")
+    return configs
+
+
+def _set(config: ConfigDict, field: str, value: Any) -> None:
+    *above, last = field.split(".")
+    holder = config
+    for part in above:
+        holder = holder[part] if part in holder else _unknown(field)
+    if last not in holder:
+        _unknown(field)
+    holder[last] = value
+
+
+def _unknown(field: str) -> Any:
+    raise InputError(f"config: sweep: no field {field!r} in the config")
+
+
+def collect(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a sweep's page shows: every run's figures by setting."""
+    runs = [
+        {"setting": one["name"]}
+        | {name: run[name] for name in ("label", "temperature", "batch_size", *_METRICS)}
+        for one in found
+        for run in one["runs"]
+    ]
+    return {"settings": [one["name"] for one in found], "runs": runs}
+
+
+def figures(collected: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line chart a metric, temperature and batch size: methods over settings."""
+    charts = []
+    where = dict.fromkeys((r["temperature"], r["batch_size"]) for r in collected["runs"])
+    for metric, title in _METRICS.items():
+        for temperature, batch in where:
+            runs = [
+                r
+                for r in collected["runs"]
+                if (r["temperature"], r["batch_size"]) == (temperature, batch)
+            ]
+            labels = dict.fromkeys(r["label"] for r in runs)
+            series = []
+            for label in labels:
+                points = {r["setting"]: r[metric] for r in runs if r["label"] == label}
+                series.append({"label": label, "x": list(points), "y": list(points.values())})
+            charts.append(
+                {
+                    "title": f"{title}, temperature {temperature:g}, batch {batch}",
+                    "x_label": "setting",
+                    "y_label": title,
+                    "series": series,
+                }
+            )
+    return charts
+
+
+def write(workdir: Path, collected: Mapping[str, Any]) -> Path:
+    """Writes `sweep.json`, `sweep.html` and a picture of its first chart."""
+    from experiments import plots, results
+
+    results.write_text(workdir / SWEEP_FILE, json.dumps(collected, indent=1) + "\n")
+    charts = figures(collected)
+    page = jinja2.Environment(autoescape=True).from_string(
+        "<!doctype html><meta charset=utf-8><title>{{ title }}</title>"
+        "<body style='font:15px system-ui;max-width:900px;margin:2rem auto'><h1>{{ title }}</h1>"
+        "{% for chart in charts %}{{ chart|safe }}{% endfor %}</body>"
+    )
+    drawn = [plots.svg(plots.lines(chart)) for chart in charts]
+    results.write_text(workdir / "sweep.html", page.render(title=workdir.name, charts=drawn))
+    plots.write_png(plots.lines(charts[0]), workdir / "sweep.png")
+    return workdir / "sweep.html"
+
+
+def execute(configs: Sequence[ConfigDict], workdir: Path) -> dict[str, Any]:
+    """Runs every setting that has no results yet, and writes the sweep's page."""
+    from experiments import results, run
+
+    found = []
+    for number, config in enumerate(configs):
+        directory = workdir / f"{number:03d}"
+        logging.info("setting %d of %d: %s", number + 1, len(configs), config.name)
+        if (directory / results.RESULTS_FILE).exists():
+            recorded = results.read(directory)
+            if recorded["config"] != json.loads(config.to_json()):
+                raise InputError(f"workdir: {directory} holds results of another config")
+            found.append(recorded)
+        else:
+            found.append(run.execute(config, directory))
+    collected = collect(found)
+    write(workdir, collected)
+    return collected
+
+
+def main(argv: list[str]) -> None:
+    cli.no_arguments(argv)
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise InputError(f"--{'config' if _CONFIG.value is None else 'workdir'}: missing")
+    workdir = Path(_WORKDIR.value)
+    collected = execute(settings(_CONFIG.value), workdir)
+    for r in collected["runs"]:
+        print(
+            f"{r['setting']:<20} {r['label']:<28} T={r['temperature']:<4g} "
+            f"{r['tokens_per_target_call']:.2f} tokens/call  {r['speedup']:.2f}x"
+        )
+    print(f"report: {workdir / 'sweep.html'}")
+
+
+if __name__ == "__main__":
+    cli.run_main(main, FLAGS)
