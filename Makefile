@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two workers suit two cores; override with `make test WORKERS=8`.
 WORKERS ?= 2
+# Systems with an offline reproduction.
+SYSTEMS := spectr rsd dyspec token_recycling aded bild
 
 .PHONY: help setup demo test unit lint format reproduce benchmark clean
 
@@ -42,6 +44,10 @@ test: lint unit
 
 reproduce: $(STAMP)
 	$(BIN)/python -m experiments.run --config=experiments/configs/quickstart.py --workdir=runs/reproduce/quickstart --fresh
+	for slug in $(SYSTEMS); do \
+	  $(BIN)/python -m experiments.run --config=experiments/configs/$$slug.py:offline --workdir=runs/reproduce/$$slug --fresh || exit 1; \
+	done
+	$(BIN)/python -m experiments.benchmark --suite=trees --workdir=runs/reproduce/trees
 	$(BIN)/python -m experiments.benchmark --suite=baseline --workdir=runs/reproduce/benchmark
 
 benchmark: $(STAMP)

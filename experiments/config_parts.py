@@ -17,7 +17,7 @@ def comparison(name: str) -> ConfigDict:
     config.data = ConfigDict()
     config.data.dataset = "stdlib_code"
     config.data.split = "test"
-    config.data.num_prompts = 8
+    config.data.num_prompts = 6
     config.data.prompt_tokens = 64
     config.data.builder_options = ConfigDict()
 
@@ -26,12 +26,12 @@ def comparison(name: str) -> ConfigDict:
     config.decode.top_k = 0
     config.decode.top_p = 1.0
     config.decode.batch_sizes = (1,)
-    config.decode.max_new_tokens = 128
+    config.decode.max_new_tokens = 96
     config.decode.repeats = 2
     # The first method is the baseline of the speed-ups.
     config.decode.methods = ()
 
-    config.lossless = ConfigDict({"samples": 1024, "batch_size": 512})
+    config.lossless = ConfigDict({"samples": 384, "batch_size": 192})
     config.analyses = ()
     config.claims = ()
     return config

@@ -155,7 +155,7 @@ RECIPES: dict[str, BaseModel] = {
         "arithmetic", 384, 1, 64, 200, learning_rate=4e-3, distilled_from="arithmetic_target"
     ),
     "numbers_target": _recipe("spelled_numbers", 384, 4, 256, 250, learning_rate=2e-3),
-    "numbers_draft": _recipe("spelled_numbers", 384, 1, 64, 400, learning_rate=6e-3),
+    "numbers_draft": _recipe("spelled_numbers", 384, 2, 64, 600, learning_rate=6e-3),
 }
 RECIPES["numbers_draft_aligned"] = _aligned(
     "numbers_draft", "numbers_target", 200, learning_rate=2e-3, num_prompts=3000, max_new_tokens=48

@@ -102,12 +102,13 @@ def fallback_drafter(
                 seen = seen.at[jnp.arange(len(token)), token].set(True)
             sure = jax.nn.softmax(logits, axis=-1).max(axis=-1) >= fallback
             stands = turn.writing & sure
+            ends = jnp.isin(token, jnp.asarray(eos_ids, token.dtype))
             return turn._replace(
                 seen=seen,
                 drafts=turn.drafts.at[:, i].set(token),
                 written=turn.written + stands,
                 calls=turn.calls + turn.writing,
-                writing=stands & ~jnp.isin(token, jnp.asarray(eos_ids)) if eos_ids else stands,
+                writing=stands & ~ends,
                 fell_back=turn.fell_back | (turn.writing & ~sure),
             )
 

@@ -104,7 +104,7 @@ def update(
       store: one store.
       trigrams: int32 [K, 3].
       usable: bool [K]; the others change nothing.
-      delta: weight that an occurrence adds.
+      delta: weight that an occurrence adds, above 0.
       cap: largest weight.
     """
 

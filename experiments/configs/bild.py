@@ -24,12 +24,11 @@ def get_config(preset: str = "") -> ConfigDict:
     check_choice("preset", preset, PRESETS)
     config = comparison("bild")
     config.decode.temperatures = (0.0,)
+    config.decode.stop_at_eos = True
     thresholds: tuple[tuple[float, str], ...]
     if not preset:
         config.models.target, config.models.draft = "checkpoints/target", "checkpoints/draft"
-        config.data.update(
-            dataset="cnn_dailymail", text_field="article", num_prompts=1000, prompt_tokens=512
-        )
+        config.data.update(dataset="cnn_dailymail", prompt_field="article", num_prompts=1000)
         thresholds = ((0.4, "3"), (0.3, "3"), (0.2, "6"))
     else:
         aligned = "_aligned" if preset == "aligned" else ""
@@ -40,7 +39,7 @@ def get_config(preset: str = "") -> ConfigDict:
             answer_field="solution",
             num_prompts=64,
         )
-        config.decode.update(max_new_tokens=64, stop_at_eos=True)
+        config.decode.max_new_tokens = 64
         thresholds = ((0.6, "2"), (0.6, "5"), (0.9, "3"), (0.6, "inf"))
         config.claims = (
             claim("every disagreement", "agreement", 1.0, temperature=0.0),

@@ -21,14 +21,14 @@ def get_config(preset: str = "") -> ConfigDict:
         config.models.target, config.models.draft = "tiny_target", "tiny_draft"
     config.data.num_prompts = 4
     config.decode.batch_sizes = (1, 4)
-    config.decode.max_new_tokens = 16 if smoke else 64
+    config.decode.max_new_tokens = 16 if smoke else 40
     config.decode.repeats = 1 if smoke else 3
     config.decode.methods = (
         method("plain", "autoregressive"),
         method("prompt lookup", "prompt_lookup", num_draft=4, max_ngram=3),
         method("draft model", "speculative_sampling", num_draft=4),
     )
-    config.lossless.update(samples=1024, batch_size=256)
+    config.lossless.update(samples=512, batch_size=256)
     if not smoke:
         config.claims = (claim("draft model", "speedup", 1.0, temperature=0.0),)
     return config

@@ -64,7 +64,7 @@ THREE = jnp.log(jnp.asarray([[0.6, 0.3, 0.1]] * 3))
 
 
 def test_golden_tree_of_six(draws_in_order):
-    """Sheet, section 2.2: a, aa, b, aaa, ba, ab."""
+    """Every node has the law (.6, .3, .1): a, aa, b, aaa, ba, ab."""
     draft = propose(greedy_tree_drafter(fixed_source(THREE), 6, 6, 3))
     assert paths(draft.tree) == [(0,), (0, 0), (1,), (0, 0, 0), (1, 0), (0, 1)]
     # Drawn at: root, a, aa, b. The source is asked once for each.
@@ -72,7 +72,7 @@ def test_golden_tree_of_six(draws_in_order):
 
 
 def test_golden_tree_of_a_threshold(draws_in_order):
-    """Sheet, section 2.3: t = .25 gives a, b | aa, ba | aaa in three layers."""
+    """The same law: t = .25 gives a, b | aa, ba | aaa in three layers."""
     draft = propose(threshold_tree_drafter(fixed_source(THREE), 8, 0.25, 6, 4))
     assert sorted(paths(draft.tree)) == sorted([(0,), (1,), (0, 0), (1, 0), (0, 0, 0)])
     assert draft.calls.tolist() == [3]

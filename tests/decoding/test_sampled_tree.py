@@ -116,7 +116,7 @@ def test_all_tokens_are_children_when_there_is_room():
 
 
 def test_conditional_gumbel_golden_numbers(monkeypatch):
-    """RSD sheet: psi_s = .4, phi_s = -1.3, q = (.5, .3, .2), noise (.2, -.5, 1.0)."""
+    """Worked by hand: psi_s = .4, phi_s = -1.3, q = (.5, .3, .2), noise (.2, -.5, 1.0)."""
     q, noise = np.array([0.5, 0.3, 0.2]), np.array([0.2, -0.5, 1.0])
     monkeypatch.setattr(
         sampled_tree.randomness, "gumbel", lambda keys, size: jnp.asarray(noise)[None, None]

@@ -10,7 +10,7 @@ from scipy import optimize
 from decoding.speculative import transport
 
 Q, P = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
-# k, rho*, beta, K-SEQ acceptance, optimum (SpecTr sheet, golden numbers).
+# k, rho*, beta, K-SEQ acceptance, optimum; worked by hand and by enumeration.
 GOLDEN = [
     (1, 1.0, 0.7, 0.7, 0.7),
     (2, 1.456776, 0.543224, 0.791355, 0.86),

@@ -1,6 +1,7 @@
 """The tri-gram store against a table of Python lists and dicts."""
 
 import functools
+import re
 from collections import Counter, defaultdict
 
 import jax
@@ -136,6 +137,16 @@ def test_a_store_a_row():
         reference = Reference(24, 3)
         reference.add_text(text.tolist())
         assert_equal(jax.tree.map(lambda x: x[row], stores), reference)  # noqa: B023
+
+
+def test_updates_happen_in_place():
+    """A copy of the tables at every tri-gram would make large stores useless."""
+    store, tokens = trigram.empty(4096), jnp.arange(16)
+    many = jax.jit(lambda s, t: jax.lax.fori_loop(0, 9, lambda i, s: add_text(s, t), s))
+    program = many.lower(store, tokens).compile().as_text()
+    body = program[: program.index("\nENTRY ")]  # at the entry the arguments are copied once
+    assert "[4096,16]" in body
+    assert not re.findall(r"= \w+\[4096,\d+\]\S* copy\(", body)
 
 
 # --- A corpus ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Alignment: the target's answers, and a draft that learns them."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,11 +15,11 @@ from models import hf_checkpoint
 from models.config import TransformerConfig
 from models.errors import InputError
 from models.tokenizer import Tokenizer
-from training import alignment, base_models, batches, language_model
+from training import alignment, base_models, batches, checkpoints, language_model
 from training.language_model import Target, TrainConfig
 from training.optimizers import OptimizerConfig
 
-# Bytes, and an end.
+# Bytes, and an end. One architecture and one length for all runs: they are compiled once.
 MODEL = TransformerConfig(
     vocab_size=257,
     embed_dim=32,
@@ -31,7 +32,6 @@ MODEL = TransformerConfig(
     tie_embeddings=True,
     eos_token_ids=(256,),
 )
-DRAFT = MODEL.replace(embed_dim=16, head_dim=8, mlp_dim=32)
 TOKENIZER = Tokenizer(None, MODEL)
 # Each question has two answers, equally right.
 WORDS = {
@@ -54,16 +54,16 @@ def small_packing():
         yield
 
 
-def config(model: TransformerConfig, steps: int, **more) -> TrainConfig:
+def config(seed: int) -> TrainConfig:
     return TrainConfig(
-        model=model,
-        optimizer=OptimizerConfig(learning_rate=more.pop("learning_rate", 0.01), warmup_steps=10),
-        num_steps=steps,
+        model=MODEL,
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=10),
+        num_steps=100,
         batch_size=4,
         sequence_length=64,
-        eval_every=1000,
-        checkpoint_every=more.pop("checkpoint_every", 1000),
-        **more,
+        checkpoint_every=50,
+        keep_checkpoints=3,
+        seed=seed,
     )
 
 
@@ -76,9 +76,9 @@ def documents() -> batches.TokenizedDocuments:
 def pair(tmp_path_factory, small_packing):
     """A target and a draft that both learned from the ambiguous text itself."""
     trained = {}
-    for seed, (role, model) in enumerate((("target", MODEL), ("draft", DRAFT))):
+    for seed, role in enumerate(("target", "draft")):
         run = language_model.train(
-            config(model, 150, seed=seed),
+            config(seed),
             train_batches=batches.train_batches(documents(), batch_size=4, seq_len=64, seed=seed),
             eval_batches=None,
             workdir=tmp_path_factory.mktemp(role),
@@ -88,7 +88,7 @@ def pair(tmp_path_factory, small_packing):
 
 
 def decode(params, name, **options):
-    method = methods.build(name, {"target": MODEL, "draft": DRAFT}, SamplingConfig(), options)
+    method = methods.build(name, {"target": MODEL, "draft": MODEL}, SamplingConfig(), options)
     prompts = [TOKENIZER.encode(question) for question in QUESTIONS]
     return generation.generate(params, prompts, method, generation.stop_config(MODEL, 12))
 
@@ -97,24 +97,35 @@ def texts(rows):
     return [TOKENIZER.decode(row.token_ids) for row in rows]
 
 
-def answers(pair, path, questions=QUESTIONS, batch_size=4, max_new_tokens=12):
+def answers(pair, path, questions=QUESTIONS, batch_size=6, max_new_tokens=12):
     return alignment.answers(
         Target(MODEL, pair["target"]), TOKENIZER, questions, path,
         max_new_tokens=max_new_tokens, batch_size=batch_size,
     )  # fmt: skip
 
 
-def align(pair, workdir, steps=100, **more):
+def align(pair, workdir):
     return alignment.align(
-        config(DRAFT, steps, **more),
+        config(seed=0),
         pair["draft"],
         Target(MODEL, pair["target"]),
         TOKENIZER,
-        {"train": QUESTIONS * 40, "validation": QUESTIONS[:2]},
+        {"train": QUESTIONS * 40, "validation": QUESTIONS},
         workdir=workdir,
         max_new_tokens=12,
-        batch_size=60,
+        batch_size=6,
     )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("aligned")
+
+
+@pytest.fixture(scope="module")
+def aligned(pair, workdir):
+    """The run that fine-tuned the pair's draft."""
+    return align(pair, workdir)
 
 
 # --- Answers --------------------------------------------------------------------------------------
@@ -134,8 +145,9 @@ def test_answers_without_an_end_are_left_out(pair, tmp_path):
     # The line end and the end of text are tokens too.
     assert found == [answer for answer in whole if len(answer["solution"]) <= 4]
     assert 0 < len(found) < len(whole)
-    with pytest.raises(InputError, match="max_new_tokens: none of 6 answers came to an end in 1"):
-        answers(pair, tmp_path / "none", max_new_tokens=1)
+    long = next(answer["question"] for answer in whole if answer not in found)
+    with pytest.raises(InputError, match="max_new_tokens: none of 6 answers came to an end in 5"):
+        answers(pair, tmp_path / "none", questions=[long] * 6, max_new_tokens=5)
 
 
 def test_answering_goes_on_where_it_was_killed(pair, tmp_path, monkeypatch):
@@ -171,55 +183,49 @@ def test_answers_to_other_prompts_are_not_taken(pair, tmp_path):
 # --- Fine-tuning ----------------------------------------------------------------------------------
 
 
-def test_alignment_lowers_fallbacks_and_raises_agreement(pair, tmp_path):
-    run = align(pair, tmp_path)
-    aligned = {**pair, "draft": run.state.params}
+def test_alignment_lowers_fallbacks_and_raises_agreement(pair, aligned):
     plain = texts(decode(pair, "autoregressive"))
 
-    def measure(params, **options):
-        rows = decode(params, "bild", **options)
-        total = generation.total_stats(rows)
-        agree = np.mean([a == b for a, b in zip(texts(rows), plain, strict=True)])
-        return total["fallbacks"] / total["tokens_emitted"], agree
+    def measure(draft):
+        """Fallbacks a token, and the share of answers that are the target's without its help."""
+        total = generation.total_stats(decode({**pair, "draft": draft}, "bild", fallback=0.75))
+        alone = texts(decode({"target": draft}, "autoregressive"))
+        agree = [a == b for a, b in zip(alone, plain, strict=True)]
+        return total["fallbacks"] / total["tokens_emitted"], np.mean(agree)
 
-    before, after = (measure(params, fallback=0.75) for params in (pair, aligned))
+    before, after = measure(pair["draft"]), measure(aligned.state.params)
     assert after[0] < before[0] / 2
-    # Without the large model's say the unaligned draft takes the other answer now and then.
-    before, after = (measure(params, fallback=0.0, rollback="inf") for params in (pair, aligned))
     assert before[1] < 1 == after[1]
-    assert run.metrics["eval_loss"] < 0.1
+    assert aligned.metrics["eval_loss"] < 0.1
 
 
-def test_fine_tuning_begins_with_the_given_parameters(pair, tmp_path):
-    run = align(pair, tmp_path, steps=1, learning_rate=1e-12)
-    for found, given in zip(
-        jax.tree.leaves(run.state.params), jax.tree.leaves(pair["draft"]), strict=True
-    ):
-        np.testing.assert_allclose(found, given, atol=1e-9)
-    assert run.step == 1
+def assert_same(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
-def test_fine_tuning_that_was_killed_goes_on(pair, tmp_path, monkeypatch):
-    whole = align(pair, tmp_path / "whole", steps=4, checkpoint_every=2)
-    original = language_model.put
-    count = []
+def test_fine_tuning_begins_with_the_drafts_parameters(pair, aligned, workdir):
+    with contextlib.closing(checkpoints.Checkpointer(workdir, keep_last=3)) as checkpointer:
+        assert checkpointer.steps == [0, 50, 100]
+        begin = checkpointer.restore(jax.eval_shape(lambda: aligned.state), step=0)
+    assert_same(begin.state.params, pair["draft"])
+    assert begin.state.step == 0
+
+
+def test_fine_tuning_that_was_killed_goes_on(pair, aligned, tmp_path, monkeypatch):
+    original, count = language_model.put, []
 
     def killed(*args):
         count.append(1)
-        if len(count) == 4:
+        if len(count) == 60:
             raise KeyboardInterrupt
         return original(*args)
 
     monkeypatch.setattr(language_model, "put", killed)
     with pytest.raises(KeyboardInterrupt):
-        align(pair, tmp_path / "killed", steps=4, checkpoint_every=2)
-    again = align(pair, tmp_path / "killed", steps=4, checkpoint_every=2)
-    # Three steps and the killed one; steps three and four again, then an evaluation.
-    assert len(count) == 7
-    for found, expected in zip(
-        jax.tree.leaves(again.state), jax.tree.leaves(whole.state), strict=True
-    ):
-        np.testing.assert_array_equal(found, expected)
+        align(pair, tmp_path)
+    assert_same(align(pair, tmp_path).state, aligned.state)
+    assert len(count) == 60 + 50 + 1  # from step 51 on, and an evaluation
 
 
 # --- As a named model -----------------------------------------------------------------------------
@@ -229,6 +235,7 @@ TINY = {
     "vocab_size": 280,
     "eval_batches": 1,
     "train.num_steps": 2,
+    "train.optimizer.learning_rate": 2e-3,
     "train.batch_size": 4,
     "train.sequence_length": 64,
     "train.model.num_layers": 1,
@@ -249,7 +256,6 @@ def test_an_aligned_draft_is_a_named_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(alignment, "answers", spelled)
     overrides = {f"{role}.{field}": v for role in ("draft", "target") for field, v in TINY.items()}
-    overrides |= {"target.train.model.embed_dim": 32}
     overrides |= {k: v for k, v in TINY.items() if not k.startswith("train.model")}
     made = base_models.ensure(
         "numbers_draft_aligned", cache_dir=tmp_path, overrides={**overrides, "num_prompts": 300}
