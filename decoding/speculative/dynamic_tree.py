@@ -24,7 +24,6 @@ from decoding.speculative import sources, verification
 from decoding.speculative.drafting import Draft, Drafter
 from decoding.speculative.sources import Growing, Source
 from decoding.speculative.tree import DraftTree
-from models.transformer import Output
 
 COUNTERS = ("tree_nodes",)
 
@@ -277,15 +276,6 @@ def _finish(build: _Build, max_depth: int, source: Source) -> Draft:
 
 
 def _drafter(source: Source, num_nodes: int, max_depth: int, scratch: int, propose: Any) -> Drafter:
-    def observe(
-        inner: Any,
-        tree: DraftTree,
-        verdict: verification.Verdict,
-        output: Output,
-        active: jnp.ndarray,
-    ) -> Any:
-        return source.commit(inner, verdict.path, jnp.where(active, verdict.count, 0))
-
     return Drafter(
         roles=source.roles,
         num_nodes=num_nodes,
@@ -294,7 +284,7 @@ def _drafter(source: Source, num_nodes: int, max_depth: int, scratch: int, propo
         init=source.init,
         prefill=source.prefill,
         propose=propose,
-        observe=observe,
+        observe=sources.keep_accepted(source),
         scratch=scratch,
         counters=COUNTERS,
     )

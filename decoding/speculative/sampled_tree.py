@@ -19,7 +19,6 @@ from decoding.speculative import sources, verification
 from decoding.speculative.drafting import Draft, Drafter
 from decoding.speculative.sources import Source
 from decoding.speculative.tree import DraftTree
-from models.transformer import Output
 
 
 class Level(NamedTuple):
@@ -225,15 +224,6 @@ def tree_drafter(
         counters = {"tree_nodes": tree.valid.sum(axis=1) - 1}
         return Draft(drafted, inner, L if source.is_model else 0, counters)
 
-    def observe(
-        inner: Any,
-        tree: DraftTree,
-        verdict: verification.Verdict,
-        output: Output,
-        active: jnp.ndarray,
-    ) -> Any:
-        return source.commit(inner, verdict.path, jnp.where(active, verdict.count, 0))
-
     return Drafter(
         roles=source.roles,
         num_nodes=N,
@@ -242,6 +232,6 @@ def tree_drafter(
         init=source.init,
         prefill=source.prefill,
         propose=propose,
-        observe=observe,
+        observe=sources.keep_accepted(source),
         counters=("tree_nodes",),
     )

@@ -19,6 +19,8 @@ from decoding.sampling import SamplingConfig, log_probs
 from decoding.speculative import scoring
 from decoding.speculative.draft_model import feed_pending
 from decoding.speculative.drafting import nothing
+from decoding.speculative.tree import DraftTree
+from decoding.speculative.verification import Verdict
 from models import cache as kv
 from models import masks, transformer
 from models.config import TransformerConfig
@@ -111,6 +113,21 @@ class Source(NamedTuple):
     nodes: Callable[..., tuple[jnp.ndarray, Any]]
     commit: Callable[[Any, jnp.ndarray, jnp.ndarray], Any]
     is_model: bool
+
+
+def keep_accepted(source: Source) -> Callable[..., Any]:
+    """`Drafter.observe` of a drafter whose state is its source's: commits the accepted path."""
+
+    def observe(
+        inner: Any,
+        tree: DraftTree,
+        verdict: Verdict,
+        output: transformer.Output,
+        active: jnp.ndarray,
+    ) -> Any:
+        return source.commit(inner, verdict.path, jnp.where(active, verdict.count, 0))
+
+    return observe
 
 
 def _window(table: jnp.ndarray, first: jnp.ndarray, width: int) -> jnp.ndarray:

@@ -30,7 +30,7 @@ def sweep():
         {{
             "decode.methods": (
                 method("plain", "autoregressive"),
-                method("tree", "rsd_c", branching=branching),
+                method("tree", "top_tree", branching=branching),
             ),
             {field!r}: name,
         }}
