@@ -6,12 +6,9 @@ the recipe, the data's own content hash, the tokeniser's training and `CODE_VERS
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
@@ -19,9 +16,17 @@ from absl import logging
 
 from models import files, hf_checkpoint
 from models.config import TransformerConfig
-from models.errors import InputError, check_choice, nearest
+from models.errors import InputError, check_choice
 from models.tokenizer import Tokenizer
-from training import alignment, batches, checkpoints, language_model, loop, metric_writers
+from training import (
+    alignment,
+    artifacts,
+    batches,
+    checkpoints,
+    language_model,
+    loop,
+    metric_writers,
+)
 from training import tokenizers as tokenizer_training
 from training.datasets import registry
 from training.language_model import Distillation, Target, TrainConfig
@@ -178,25 +183,7 @@ def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> BaseModel:
     own = {
         path: value for path, value in (overrides or {}).items() if not path.startswith(prefixes)
     }
-    return _replace(RECIPES[name], own, "")
-
-
-def _replace(holder: Any, changes: Mapping[str, Any], inside: str) -> Any:
-    """A copy of a dataclass with dotted fields changed, each level checked as a whole."""
-    known = [field.name for field in dataclasses.fields(holder)]
-    here: dict[str, Any] = {}
-    deeper: dict[str, dict[str, Any]] = {}
-    for path, value in changes.items():
-        field, _, rest = path.partition(".")
-        if field not in known or (rest and not dataclasses.is_dataclass(getattr(holder, field))):
-            raise InputError(f"overrides: no field {inside + path!r}{nearest(field, known)}")
-        if rest:
-            deeper.setdefault(field, {})[rest] = value
-        else:
-            here[field] = value
-    for field, inner in deeper.items():
-        here[field] = _replace(getattr(holder, field), inner, f"{inside}{field}.")
-    return dataclasses.replace(holder, **here)
+    return artifacts.replace_fields(RECIPES[name], own)
 
 
 def ensure(
@@ -238,13 +225,13 @@ def ensure(
         **{role: directory.name for role, directory in parents.items()},
         "code_version": CODE_VERSION,
     }
-    final = cache / "models" / f"{name}-{_digest(identity)}"
+    final = cache / "models" / f"{name}-{artifacts.digest(identity)}"
 
     def make(work: pathlib.Path, result: pathlib.Path) -> None:
         tokenizer = _ensure_tokenizer(chosen, cache)
         _train(name, chosen, identity, cache, tokenizer, parents, work, result)
 
-    return _cached(final, make)
+    return artifacts.cached(final, make)
 
 
 def role_overrides(role: str, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -255,32 +242,6 @@ def role_overrides(role: str, overrides: Mapping[str, Any] | None) -> dict[str, 
         for path, value in (overrides or {}).items()
         if path.startswith(prefix)
     }
-
-
-def _cached(
-    final: pathlib.Path, make: Callable[[pathlib.Path, pathlib.Path], None]
-) -> pathlib.Path:
-    """`final`, made by one process at a time where it is missing.
-
-    `make(work, result)` fills the directory `result`, which is then renamed; what it leaves in
-    the directory `work` is there again when it was killed and another process takes over.
-    """
-    # The lock's own directory stays: removing it would race with a process about to open it.
-    held = final.parent / ".work" / final.name
-    work, result = held / "work", held / "result"
-    if not final.exists():
-        with checkpoints.lock(held, wait=True):
-            if not final.exists():
-                shutil.rmtree(result, ignore_errors=True)
-                make(work, result)
-                with checkpoints.disk_errors("cannot keep the result", final.parent):
-                    result.rename(final)
-                shutil.rmtree(work, ignore_errors=True)
-    return final
-
-
-def _digest(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _data_identity(chosen: BaseModel, cache: pathlib.Path) -> str:
@@ -319,8 +280,8 @@ def _ensure_tokenizer(chosen: BaseModel, cache: pathlib.Path) -> pathlib.Path:
         with checkpoints.disk_errors("cannot write the tokeniser", result):
             tokenizer_training.save(trained, result)
 
-    name = f"{chosen.dataset}-{chosen.vocab_size}-{_digest(identity)}"
-    return _cached(cache / "tokenizers" / name, make)
+    name = f"{chosen.dataset}-{chosen.vocab_size}-{artifacts.digest(identity)}"
+    return artifacts.cached(cache / "tokenizers" / name, make)
 
 
 def _train(

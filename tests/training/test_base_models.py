@@ -109,7 +109,7 @@ def test_everything_that_matters_changes_the_directory(cache, target, monkeypatc
     def stop(final, make):
         raise ChosenError(final.name)
 
-    monkeypatch.setattr(base_models, "_cached", stop)
+    monkeypatch.setattr(base_models.artifacts, "cached", stop)
 
     def directory(**changes):
         with pytest.raises(ChosenError) as chosen:
@@ -177,7 +177,7 @@ def test_callers_at_the_same_time_train_once(tmp_path):
 
     final = tmp_path / "models" / "one"
     with futures.ThreadPoolExecutor(4) as pool:
-        callers = [pool.submit(base_models._cached, final, make) for _ in range(4)]
+        callers = [pool.submit(base_models.artifacts.cached, final, make) for _ in range(4)]
         assert entered.wait(60)
         assert not final.exists()
         release.set()
