@@ -20,6 +20,7 @@ from tensorflow_datasets.core import naming
 from models.errors import InputError, nearest
 from models.files import cache_root
 from training.datasets.arithmetic import Arithmetic
+from training.datasets.digit_scenes import DigitScenes
 from training.datasets.jsonl_prompts import JsonlPrompts
 from training.datasets.spelled_numbers import SpelledNumbers
 from training.datasets.stdlib_code import StdlibCode
@@ -31,6 +32,7 @@ BUILDERS = {
     "spelled_numbers": SpelledNumbers,
     "text_files": TextFiles,
     "jsonl_prompts": JsonlPrompts,
+    "digit_scenes": DigitScenes,
 }
 
 
