@@ -1,8 +1,4 @@
-"""The language-model pipeline: packed batches in, a trained Transformer out.
-
-The same call trains on one device and on a mesh: parameters and optimiser state lie as
-`models.sharding`'s table says, batches are split over the data axis, and XLA derives the rest.
-"""
+"""The language-model pipeline: packed batches in, a trained Transformer out."""
 
 import dataclasses
 import functools
@@ -13,113 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import struct
 from jax.sharding import Mesh
 
 from models import masks, sharding, transformer
 from models.config import TransformerConfig
-from models.errors import InputError, check_choice
-from training import loop, losses, optimizers
+from models.errors import InputError
+from training import fitting, loop, losses
+from training.fitting import Batch, DeviceBatch, Distillation, TrainConfig, TrainState
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
-Batch = Mapping[str, np.ndarray]
+__all__ = ["Distillation", "Target", "TrainConfig", "TrainState", "evaluator", "put", "train"]
 
 _FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_mask", "target_bytes")
-
-
-@dataclasses.dataclass(frozen=True)
-class Distillation:
-    """Learning from a frozen target's distributions beside the text itself.
-
-    Attributes:
-      weight: of the target's distributions, 0 to 1; the rest is the weight of the text.
-      temperature: softens both distributions.
-    """
-
-    weight: float = 0.5
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise InputError(f"distillation.weight: {self.weight} must be between 0 and 1")
-        if self.temperature <= 0:
-            raise InputError(f"distillation.temperature: {self.temperature} must be positive")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Everything but the data that determines a run.
-
-    Attributes:
-      model: the architecture; its own `dtype` is for decoding and not read here.
-      optimizer: see `OptimizerConfig`.
-      num_steps: batches in all.
-      batch_size: rows a batch [B], over all processes.
-      sequence_length: tokens a row [T].
-      compute_dtype: 'float32' or 'bfloat16'; parameters, optimiser state, logits and losses are
-        float32 in both (mixed precision).
-      remat: recompute each block in the backward pass: less memory for a third more work.
-      mesh: devices along (data, model).
-      distillation: None to learn from the text alone.
-      log_every, eval_every, checkpoint_every: steps.
-      keep_checkpoints: newest ones kept, beside the one of least evaluation loss.
-      seed: of the initial parameters.
-    """
-
-    model: TransformerConfig
-    optimizer: optimizers.OptimizerConfig = dataclasses.field(
-        default_factory=optimizers.OptimizerConfig
-    )
-    num_steps: int = 1000
-    batch_size: int = 8
-    sequence_length: int = 256
-    compute_dtype: str = "float32"
-    remat: bool = False
-    mesh: tuple[int, int] = (1, 1)
-    distillation: Distillation | None = None
-    log_every: int = 10
-    eval_every: int = 100
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        positive = (
-            "num_steps", "batch_size", "sequence_length", "log_every", "eval_every",
-            "checkpoint_every", "keep_checkpoints",
-        )  # fmt: skip
-        for field in positive:
-            if (value := getattr(self, field)) < 1:
-                raise InputError(f"{field}: {value} must be at least 1")
-        if not self.model.causal:
-            raise InputError("model.causal: False is not for this pipeline, which is left to right")
-        if self.sequence_length > self.model.max_position:
-            raise InputError(
-                f"sequence_length: {self.sequence_length} exceeds model.max_position "
-                f"{self.model.max_position}"
-            )
-        if self.batch_size % self.mesh[0]:
-            raise InputError(
-                f"batch_size: {self.batch_size} must be a multiple of the {self.mesh[0]} devices "
-                "along mesh axis 'data'"
-            )
-
-
-@struct.dataclass
-class TrainState:
-    """What a step reads and writes.
-
-    Attributes:
-      step: int32 [], batches seen.
-      params: float32 parameters of the Transformer.
-      opt_state: the optimiser's.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,97 +60,53 @@ def train(
       and `eval_bits_per_byte`.
 
     Raises:
-      InputError: as `loop.run`; a batch of the wrong shape or with ids out of range; a target of
-        another vocabulary; a mesh that does not fit devices or parameters.
+      InputError: as `loop.run`; a bidirectional model; a batch of the wrong shape or with ids out
+        of range; a target of another vocabulary; a mesh that does not fit devices or parameters.
       SystemExit: `loop.TERMINATED`, after SIGTERM.
     """
+    if not config.model.causal:
+        raise InputError("model.causal: False is not for this pipeline, which is left to right")
     _check_target(config, target)
     mesh = sharding.make_mesh(*config.mesh)
-    init_fn = functools.partial(_init, config)
-    template = jax.eval_shape(init_fn)
-    shardings = sharding.tree_shardings(template, mesh)
-    template = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        template,
-        shardings,
-    )
     if target is not None:
         target = _place_target(target, mesh)
-    update = jax.jit(
-        functools.partial(train_step, config, target.config if target else None),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-
-    def step_fn(state: TrainState, batch: Batch) -> tuple[TrainState, loop.Metrics]:
-        return update(state, put(batch, config, mesh), target.params if target else None)
-
-    return loop.run(
-        step_fn,
-        jax.jit(init_fn, out_shardings=shardings),
-        template=template,
-        batches=train_batches,
-        num_steps=config.num_steps,
-        workdir=workdir,
-        config={**dataclasses.asdict(config), "identity": identity},
+    return fitting.fit(
+        config,
+        functools.partial(loss_fn, config, target.config if target else None),
+        put=lambda batch: put(batch, config, mesh),
+        train_batches=train_batches,
         evaluate=evaluator(config, eval_batches, mesh) if eval_batches is not None else None,
-        tokens_per_step=config.batch_size * config.sequence_length,
-        log_every=config.log_every,
-        eval_every=config.eval_every,
-        checkpoint_every=config.checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
+        workdir=workdir,
+        recorded={"identity": identity},
+        mesh=mesh,
+        frozen=target.params if target else None,
         description=description,
     )
 
 
-def _init(config: TrainConfig) -> TrainState:
-    params = transformer.init(config.model, jax.random.key(config.seed))
-    optimizer = optimizers.create(config.optimizer, config.num_steps)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-def train_step(
+def loss_fn(
     config: TrainConfig,
     target_config: TransformerConfig | None,
-    state: TrainState,
-    batch: Mapping[str, jax.Array],
+    params: Any,
+    batch: DeviceBatch,
+    key: jax.Array,
     target_params: Any,
-) -> tuple[TrainState, loop.Metrics]:
-    """One update, to be jitted: the new state, and the loss, gradient norm and learning rate.
-
-    The loss is a mean over the tokens of `loss_mask`; the norm is of the gradient before
-    clipping; the learning rate is the one of this step.
-    """
-    soft = None
-    if config.distillation is not None:
+) -> tuple[jax.Array, loop.Metrics]:
+    """The mean over the tokens of `loss_mask`, in nats; nothing in it is random."""
+    del key
+    logits = _logits(fitting.compute_config(config), params, batch, remat=config.remat)
+    if config.distillation is None:
+        nats = losses.cross_entropy(logits, batch["targets"])
+    else:
         assert target_config is not None
-        soft = _logits(target_config, target_params, batch)
-
-    def loss_fn(params: Any) -> jax.Array:
-        logits = _logits(_compute(config), params, batch, remat=config.remat)
-        if soft is None:
-            nats = losses.cross_entropy(logits, batch["targets"])
-        else:
-            assert config.distillation is not None
-            nats = losses.distillation(
-                logits,
-                soft,
-                batch["targets"],
-                weight=config.distillation.weight,
-                temperature=config.distillation.temperature,
-            )
-        return losses.masked_mean(nats, batch["loss_mask"])
-
-    loss, gradient = jax.value_and_grad(loss_fn)(state.params)
-    optimizer = optimizers.create(config.optimizer, config.num_steps)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    metrics = {
-        "loss": loss,
-        "gradient_norm": optax.global_norm(gradient),
-        "learning_rate": optimizers.schedule(config.optimizer, config.num_steps)(state.step),
-    }
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), metrics
+        nats = losses.distillation(
+            logits,
+            _logits(target_config, target_params, batch),
+            batch["targets"],
+            weight=config.distillation.weight,
+            temperature=config.distillation.temperature,
+        )
+    return losses.masked_mean(nats, batch["loss_mask"]), {}
 
 
 def evaluator(
@@ -260,7 +116,7 @@ def evaluator(
 
     @jax.jit
     def sums(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-        logits = _logits(_compute(config), params, batch)
+        logits = _logits(fitting.compute_config(config), params, batch)
         mask = batch["loss_mask"]
         nats = losses.cross_entropy(logits, batch["targets"])
         return jnp.sum(nats * mask), jnp.sum(mask), jnp.sum(batch["target_bytes"] * mask)
@@ -281,34 +137,8 @@ def evaluator(
 
 
 def put(batch: Batch, config: TrainConfig, mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows on the mesh, split over its data axis.
-
-    Raises:
-      InputError: a field that is missing or of another shape, or a token id out of range.
-    """
-    shape = (config.batch_size // jax.process_count(), config.sequence_length)
-    for field in _FIELDS:
-        if field not in batch:
-            raise InputError(f"batch.{field}: missing; a batch has {', '.join(_FIELDS)}")
-        if batch[field].shape != shape:
-            raise InputError(f"batch.{field}: shape {batch[field].shape} must be {shape}")
-    vocab_size = config.model.vocab_size
-    for field in ("tokens", "targets"):
-        low, high = int(batch[field].min()), int(batch[field].max())
-        if low < 0 or high >= vocab_size:
-            raise InputError(
-                f"batch.{field}: id {low if low < 0 else high} is out of range; model.vocab_size "
-                f"is {vocab_size}"
-            )
-    place = sharding.batch_sharding(mesh)
-    return {
-        field: jax.make_array_from_process_local_data(place, np.asarray(batch[field]))
-        for field in _FIELDS
-    }
-
-
-def _compute(config: TrainConfig) -> TransformerConfig:
-    return config.model.replace(dtype=config.compute_dtype)
+    """This process's rows on the mesh, split over its data axis; errors as `fitting.place`."""
+    return fitting.place(batch, config, mesh, fields=_FIELDS, ids=("tokens", "targets"))
 
 
 def _logits(
