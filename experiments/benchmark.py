@@ -1,11 +1,13 @@
 """Measures speed side by side in one process.
 
     python -m experiments.benchmark --suite=baseline --workdir=runs/benchmark
+    python -m experiments.benchmark --suite=trees --workdir=runs/trees
 
 Prints a Markdown table and records `results.json` in the work directory.
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -25,6 +27,22 @@ _SHAPES = flags.DEFINE_list(
     "Named sizes that the baseline suite measures (models/sizes.py).",
     flag_values=FLAGS,
 )
+_PARTS = flags.DEFINE_list(
+    "parts",
+    ["budgets", "overhead", "memory", "verification"],
+    "What the trees suite measures: methods at equal node budgets on the trained pair; on random "
+    "weights, the share of a round outside model calls, its memory, and one call on 64 nodes.",
+    flag_values=FLAGS,
+)
+_TARGET = flags.DEFINE_string(
+    "target", "bench_85m", "Size of the trees suite's random target.", flag_values=FLAGS
+)
+_DRAFT = flags.DEFINE_string(
+    "draft", "bench_5m", "Size of the trees suite's random draft.", flag_values=FLAGS
+)
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "Of both; default the target size's own.", flag_values=FLAGS
+)
 _REPEATS = flags.DEFINE_integer(
     "repeats", 5, "Timed repeats of each measurement.", flag_values=FLAGS
 )
@@ -36,15 +54,16 @@ def main(argv: list[str]) -> None:
     if _REPEATS.value < 1:
         raise InputError(f"repeats: {_REPEATS.value} must be at least 1")
     from experiments import results
-    from experiments.benchmarks import baseline, trees
+    from experiments.benchmarks import baseline
     from models import sizes
 
-    for name in _SHAPES.value:
-        sizes.get(name)  # a wrong name is told before anything is measured
-    found = results.header("benchmark", {"suite": _SUITE.value, "shapes": _SHAPES.value})
+    # A wrong name is told before anything is measured.
+    for name in (*_SHAPES.value, _TARGET.value, _DRAFT.value):
+        sizes.get(name)
+    found = results.header("benchmark", {"suite": _SUITE.value, "flags": FLAGS.flag_values_dict()})
     if _SUITE.value == "trees":
-        found |= trees.run(_REPEATS.value)
-        table = trees.table(found)
+        measured, table = _trees()
+        found |= measured
     else:
         found |= baseline.run(_SHAPES.value, _REPEATS.value)
         table = baseline.table(found)
@@ -52,6 +71,38 @@ def main(argv: list[str]) -> None:
         results.write(Path(_WORKDIR.value), found)
     print(f"{found['machine']['cpu']}, {found['machine']['cores']} cores, {found['date']}\n")
     print(table)
+
+
+def _trees() -> tuple[dict[str, Any], str]:
+    """The chosen parts of the trees suite, and their tables."""
+    from experiments.benchmarks import tree_cost, trees
+
+    parts, repeats = _PARTS.value, _REPEATS.value
+    for part in parts:
+        check_choice("parts", part, ("budgets", "overhead", "memory", "verification"))
+    found: dict[str, Any] = {}
+    text = ""
+    if "budgets" in parts:
+        found["budgets"] = trees.run(repeats)
+        text += trees.table(found["budgets"])
+        if _WORKDIR.value:
+            from experiments import plots
+
+            Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
+            chart = plots.panels(trees.charts(found["budgets"]), columns=3)
+            plots.write_png(chart, Path(_WORKDIR.value) / "trees.png")
+    if "memory" in parts:
+        found["memory"] = tree_cost.memory(
+            tree_cost.configs(_TARGET.value, _DRAFT.value, _DTYPE.value)
+        )
+    if {"overhead", "verification"} & set(parts):
+        configs = tree_cost.configs(_TARGET.value, _DRAFT.value, _DTYPE.value)
+        params = tree_cost.weights(configs)
+        if "overhead" in parts:
+            found["overhead"] = tree_cost.overhead(configs, params, repeats)
+        if "verification" in parts:
+            found["verification"] = tree_cost.verification(configs, params, repeats)
+    return found, text + "\n" + tree_cost.table(found)
 
 
 if __name__ == "__main__":

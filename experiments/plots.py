@@ -145,17 +145,49 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def lines(spec: Mapping[str, Any]) -> Figure:
-    """A line chart: title, x_label, y_label and series of label, x and y."""
-    figure, (axis,) = _figure(1)
-    figure.set_size_inches(6.4, 3.8)
+def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
     for i, series in enumerate(spec["series"]):
-        colour = COLOURS[i % len(COLOURS)]
-        axis.plot(series["x"], series["y"], "o-", color=colour, label=series["label"], ms=4)
+        alone = len(series["x"]) == 1
+        axis.plot(
+            series["x"], series["y"], "D" if alone else "o-", color=COLOURS[i % len(COLOURS)],
+            label=series["label"], ms=7 if alone else 4,
+        )  # fmt: skip
+    if "x_scale" in spec:
+        axis.set_xscale(spec["x_scale"])
+    if "x_ticks" in spec:
+        axis.set_xticks(spec["x_ticks"], [str(tick) for tick in spec["x_ticks"]])
+        axis.minorticks_off()
     axis.set_title(spec["title"])
     axis.set_xlabel(spec["x_label"])
     axis.set_ylabel(spec["y_label"])
+
+
+def lines(spec: Mapping[str, Any]) -> Figure:
+    """A line chart: title, x_label, y_label and series of label, x and y.
+
+    A series of one point is drawn as a diamond. `x_scale` and `x_ticks` are optional.
+    """
+    figure, (axis,) = _figure(1)
+    figure.set_size_inches(6.4, 3.8)
+    _draw_lines(axis, spec)
     axis.legend(fontsize=8)
+    return figure
+
+
+def panels(specs: Sequence[Mapping[str, Any]], columns: int = 2) -> Figure:
+    """Several line charts (see `lines`) of one set of labels in a grid, with one legend."""
+    columns = min(columns, len(specs))
+    rows = -(-len(specs) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5.2 * columns, 3.4 * rows), layout="constrained", squeeze=False
+    )
+    places = grid.flatten()
+    for axis, spec in zip(places, specs, strict=False):
+        _draw_lines(axis, spec)
+    for axis in places[len(specs) :]:
+        axis.set_visible(False)
+    named = dict(zip(*places[0].get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=min(len(named), 5))
     return figure
 
 

@@ -180,7 +180,7 @@ def measured_acceptance(template: Template, reached: np.ndarray) -> dict[Path, f
     return dict(zip(template.paths[1:], shares[1:].tolist(), strict=True))
 
 
-_GROWN = {"nodes20": 20, "nodes40": 40, "nodes80": 80, "nodes160": 160}
+_GROWN = {f"nodes{size}": size for size in (8, 16, 20, 32, 40, 64, 80, 160)}
 NAMES = ("default80", *_GROWN)
 
 
@@ -190,8 +190,8 @@ def named(name: str, width: int) -> Template:
 
     Args:
       name: 'default80', the published tree without the nodes that need more than `width`; or
-        'nodes20', 'nodes40', 'nodes80', 'nodes160': so many nodes with ranks below `width`, grown
-        from `estimated_acceptance`, each inside the next.
+        'nodes8', 'nodes16', .. 'nodes160' (see `NAMES`): so many nodes with ranks below `width`,
+        grown from `estimated_acceptance`, each inside the next.
       width: at least 1.
 
     Raises:
