@@ -42,9 +42,12 @@ class Examples(Sequence):
     Args:
       source: a tfds data source.
       text_field: the feature that `examples[i]["text"]` is taken from; None to add none.
+      full_name: tfds' name of the dataset, its configuration and version: an identity of the
+        content.
     """
 
-    def __init__(self, source: Any, text_field: str | None):
+    def __init__(self, source: Any, text_field: str | None, full_name: str = ""):
+        self.full_name = full_name
         self._source = source
         self._text_field = text_field
 
@@ -198,7 +201,7 @@ def _read(
             f"text_field: {text_field!r} is not a field of dataset {name!r}"
             f"{nearest(text_field, fields)}; allowed: {', '.join(fields)}"
         )
-    return Examples(source, text_field)
+    return Examples(source, text_field, reader.info.full_name)
 
 
 @contextlib.contextmanager
