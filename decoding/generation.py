@@ -83,6 +83,18 @@ def cache_slots(needed: int) -> int:
     return size * 3 // 4 if size >= 512 and size * 3 // 4 >= needed else size
 
 
+def canvas_slots(needed: int) -> tuple[int, int]:
+    """The canvas size that holds `needed` tokens, and the next smaller one.
+
+    Sizes are 32, 48, 64, 96, 128, 192, ...: every position of a canvas costs, so they are closer
+    than cache sizes, and a canvas that has shrunk to the smaller size goes on at that size.
+    """
+    small, size = 0, 32
+    while size < needed:
+        small, size = size, size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size, small
+
+
 def check_prompts(
     prompts: Sequence[Sequence[int]], config: TransformerConfig, stop: stopping.StopConfig
 ) -> None:
@@ -161,9 +173,18 @@ def begin(
         tokens[row, : len(prompt)] = prompt
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
-    room = max(padded, stop.max_position)
-    slots = cache_slots(max(padded, longest - 1 + method.lookahead))
-    inputs = (tokens, lengths, randomness.row_keys(seed, jnp.asarray(ids)))
+    ends = None
+    if method.canvas is None:
+        slots = cache_slots(max(padded, longest - 1 + method.lookahead))
+        room = max(padded, stop.max_position)
+        buffer = buffer or cache_slots(min(padded + stop.max_new_tokens, room))
+    else:
+        multiple = method.canvas.multiple
+        limits = np.asarray(stopping.limits(jnp.asarray(lengths), stop))
+        ends = -(-limits // multiple) * multiple
+        slots, _ = canvas_slots(max(padded, int(ends.max())))
+        buffer = max(buffer or 0, slots)
+    inputs = (tokens, lengths, randomness.row_keys(seed, jnp.asarray(ids)), ends)
     if mesh is not None:
         if len(prompts) % mesh.shape["data"]:
             raise InputError(
@@ -175,9 +196,10 @@ def begin(
         *map(jnp.asarray, inputs[:2]),
         inputs[2],
         memory,
+        inputs[3],
         method=method,
         slots=slots,
-        buffer=buffer or cache_slots(min(padded + stop.max_new_tokens, room)),
+        buffer=buffer,
     )
     return (state if mesh is None else place(state, mesh)), slots
 
@@ -192,14 +214,17 @@ def advance(
     rounds: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[DecodeState, int]:
-    """Runs up to `rounds` more rounds (None: until all rows are done), growing caches."""
+    """Runs up to `rounds` more rounds (None: until all rows are done), resizing caches."""
     until = np.int32(2**31 - 1 if rounds is None else int(state.rounds) + rounds)
     while True:
-        state = loop.advance(params, state, until, method=method, stop=stop, slots=slots)
-        active, lengths, ran = jax.device_get((state.active, state.lengths, state.rounds))
-        if not active.any() or ran >= until:
+        least = 0 if method.canvas is None else canvas_slots(slots)[1]
+        state = loop.advance(
+            params, state, until, method=method, stop=stop, slots=slots, least=least
+        )
+        needed, ran = jax.device_get((loop.slots_needed(state, method), state.rounds))
+        if needed == 0 or ran >= until:
             return state, slots
-        slots = cache_slots(int(lengths[active].max()) - 1 + method.lookahead)
+        slots = cache_slots(int(needed)) if method.canvas is None else canvas_slots(int(needed))[0]
         state = loop.grow(state, slots)
         if mesh is not None:
             state = place(state, mesh)
@@ -274,13 +299,17 @@ def stream(
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
     mesh: Mesh | None = None,
+    hot: HotStart | None = None,
     every: int = 8,
 ) -> Iterator[Event]:
     """As `generate`, but yields each row's new tokens after every `every` rounds.
 
     The rounds are those of `generate`: the tokens are the same.
     """
-    state, slots = begin(params, prompts, method, stop, seed=seed, row_ids=row_ids, mesh=mesh)
+    memory = hot.value if hot else None
+    state, slots = begin(
+        params, prompts, method, stop, seed=seed, row_ids=row_ids, mesh=mesh, memory=memory
+    )
     sent = [len(prompt) for prompt in prompts]
     finished = [False] * len(prompts)
     while not all(finished):
@@ -293,6 +322,8 @@ def stream(
                 new = host.tokens[row, sent[row] : end].tolist()
                 yield Event(row, new, _row(host, row) if done else None)
                 sent[row], finished[row] = end, done
+    if hot is not None and method.memory is not None:
+        hot.value = method.memory.take(state.inner)
 
 
 def total_stats(rows: Sequence[Row]) -> Mapping[str, Any]:

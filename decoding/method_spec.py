@@ -40,6 +40,9 @@ class MethodSpec:
       build: (configs by role, sampling, option values) -> Method.
       model_free: (option, value) with which it needs no model but the target; None if it always
         needs all of `roles`.
+      bidirectional: whether it fills the masks of a bidirectional model; else it writes from left
+        to right and needs causal ones.
+      parts: its own trained parts, by the role that their parameters are given under.
     """
 
     summary: str
@@ -47,6 +50,8 @@ class MethodSpec:
     options: Mapping[str, Option]
     build: Callable[[Configs, SamplingConfig, Mapping[str, Any]], Method]
     model_free: tuple[str, str] | None = None
+    bidirectional: bool = False
+    parts: tuple[str, ...] = ()
 
     def roles_with(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Models it needs with these option values, as `parse_options` returns them."""

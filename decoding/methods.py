@@ -8,6 +8,7 @@ from decoding.loop import Method
 from decoding.method_spec import Configs, MethodSpec, parse_value
 from decoding.sampling import SamplingConfig
 from decoding.speculative import aded, bild, chain_systems, token_recycling, tree_systems
+from decoding.unmasking import llada
 from models.errors import InputError, check_choice, nearest
 
 METHODS: dict[str, MethodSpec] = {
@@ -22,6 +23,7 @@ METHODS: dict[str, MethodSpec] = {
     "aded": aded.SPEC,
     "bild": bild.SPEC,
     "token_recycling": token_recycling.SPEC,
+    **llada.SPECS,
 }
 
 
@@ -74,10 +76,12 @@ def build(
     method = spec(name)
     parsed = parse_options(name, options or {})
     for role, config in configs.items():
-        if not config.causal:
+        if config.causal is method.bidirectional:
+            does = "fills masks" if method.bidirectional else "writes from left to right"
+            kinds = ("causal", "bidirectional")
             raise InputError(
-                f"method {name} writes from left to right; the {role} model ({config.family}) is "
-                "bidirectional; allowed: causal models"
+                f"method {name} {does}; the {role} model ({config.family}) is "
+                f"{kinds[not config.causal]}; allowed: {kinds[method.bidirectional]} models"
             )
     for role in method.roles_with(parsed):
         if role not in configs:

@@ -14,6 +14,7 @@ SAMPLE = 0  # the target's own token at this position
 DRAFT = 1  # the drafter's token
 ACCEPT = 2  # the uniform of an acceptance test
 RESIDUAL = 3  # the token after a rejection
+ORDER = 4  # which of several positions comes first
 
 
 def row_keys(seed: int, rows: jnp.ndarray) -> jax.Array:
@@ -27,6 +28,11 @@ def at(keys: jax.Array, positions: jnp.ndarray, purpose: int) -> jax.Array:
     return jax.vmap(lambda k, p: jax.random.fold_in(jax.random.fold_in(k, p), purpose))(
         keys, positions
     )
+
+
+def each(keys: jax.Array, positions: jnp.ndarray, purpose: int) -> jax.Array:
+    """As `at`, for several positions of a row: keys [B], positions int [B, T] -> keys [B, T]."""
+    return jax.vmap(at, in_axes=(None, 1, None), out_axes=1)(keys, positions, purpose)
 
 
 def several(keys: jax.Array, count: int) -> jax.Array:

@@ -36,6 +36,16 @@ def is_eos(tokens: jnp.ndarray, config: StopConfig) -> jnp.ndarray:
     return jnp.isin(tokens, jnp.asarray(config.eos_ids, tokens.dtype))
 
 
+def limits(prompt_lengths: jnp.ndarray, config: StopConfig) -> jnp.ndarray:
+    """Tokens that each row may have at most, its prompt included: int [B]."""
+    return jnp.minimum(prompt_lengths + config.max_new_tokens, config.max_position)
+
+
+def at_limit(prompt_lengths: jnp.ndarray, config: StopConfig) -> jnp.ndarray:
+    """Why a row that is as long as its limit ends: int [B], LENGTH or CONTEXT."""
+    return jnp.where(prompt_lengths + config.max_new_tokens <= config.max_position, LENGTH, CONTEXT)
+
+
 def cut(
     tokens: jnp.ndarray,
     count: jnp.ndarray,
@@ -59,11 +69,9 @@ def cut(
     ends = is_eos(tokens, config) & (index < count[:, None])
     has_eos = ends.any(axis=1)
     kept = jnp.where(has_eos, ends.argmax(axis=1) + 1, count)
-    by_length = prompt_lengths + config.max_new_tokens
-    limit = jnp.minimum(by_length, config.max_position)
+    limit = limits(prompt_lengths, config)
     room = jnp.maximum(limit - lengths, 0)
     reason = jnp.where(has_eos & (kept <= room), EOS, RUNNING)
     kept = jnp.minimum(kept, room)
-    at_limit = (reason == RUNNING) & (lengths + kept >= limit)
-    full = jnp.where(by_length <= config.max_position, LENGTH, CONTEXT)
-    return kept, jnp.where(at_limit, full, reason).astype(jnp.int32)
+    full = (reason == RUNNING) & (lengths + kept >= limit)
+    return kept, jnp.where(full, at_limit(prompt_lengths, config), reason).astype(jnp.int32)

@@ -51,17 +51,23 @@ def create(
 
 
 def write(store: jnp.ndarray, update: jnp.ndarray, start: jnp.ndarray) -> jnp.ndarray:
-    """Writes T tokens of one layer at each row's own slot.
+    """Writes T tokens of one layer at each row's own slots.
 
     Args:
       store: [B, K, S, H], or [K, S, H] when folded.
       update: [B, K, T, H].
-      start: int [B], first slot of each row; start + T must not exceed S.
+      start: int [B], first slot of each row, start + T not exceeding S; or int [B, T], the slot
+        of every token, where those from S on are dropped.
 
     Returns:
       As `store`. In place where the caller donates it.
     """
     update = update.astype(store.dtype)
+    if start.ndim == 2:
+        scatter = jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))
+        if store.ndim == 3:
+            return scatter(store[None], update, start)[0]
+        return scatter(store, update, start)
     if store.ndim == 3:
         return jax.lax.dynamic_update_slice(store, update[0], (0, start[0], 0))
     return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice(row, new, (0, first, 0)))(

@@ -100,6 +100,7 @@ class Transformer(nn.Module):
         mask: jnp.ndarray,
         key_positions: jnp.ndarray,
         cache: KVCache | None,
+        slots: jnp.ndarray | None,
         start: int,
         stop: int,
         collect: Sequence[int],
@@ -127,7 +128,7 @@ class Transformer(nn.Module):
                 local_angles if is_local else angles,
                 local_mask if is_local else mask,
                 (keys[layer], values[layer]) if cache is not None else None,
-                cache.lengths if cache is not None else None,
+                slots,
             )
             if cache is not None:
                 keys[layer], values[layer] = store
@@ -153,7 +154,7 @@ class Transformer(nn.Module):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask = masks.causal(positions, tokens.shape[1])
         x = self.encode(tokens, positions)
-        x, _, _ = self.run(x, positions, mask, positions, None, 0, self.config.num_layers, ())
+        x, _, _ = self.run(x, positions, mask, positions, None, None, 0, self.config.num_layers, ())
         return self.unembed(self.normalise(x))
 
 
@@ -177,6 +178,7 @@ def apply(
     mask: jnp.ndarray | None = None,
     key_positions: jnp.ndarray | None = None,
     cache: KVCache | None = None,
+    slots: jnp.ndarray | None = None,
     layers: tuple[int, int] | None = None,
     collect: Sequence[int] = (),
     with_logits: bool = True,
@@ -200,6 +202,8 @@ def apply(
       key_positions: int [B, S] positions of the keys, for sliding windows; default the slot
         index, or `positions` without a cache.
       cache: keys and values so far.
+      slots: int [B, T], cache slot of each token; those from S on are not written. Needs
+        `positions` and `mask`. Default lengths .. lengths + T - 1.
       layers: (start, stop); default all. Logits and the final norm belong to stop = L.
       collect: layer counts c whose residual stream (after c layers; start <= c <= stop) is
         returned in `Output.collected`.
@@ -230,7 +234,9 @@ def apply(
     x = inputs
     if start == 0:
         x = embed(config, params, inputs, positions)
-    run = (positions, mask, key_positions, cache, start, stop, tuple(collect))
+    if cache is not None and slots is None:
+        slots = cache.lengths
+    run = (positions, mask, key_positions, cache, slots, start, stop, tuple(collect))
     x, cache, collected = _call("run", config, params, x, *run, remat=remat)
     logits = None
     if stop == L:

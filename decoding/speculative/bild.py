@@ -204,6 +204,7 @@ def bild(
 
     def step(params: ModelParams, state: DecodeState) -> tuple[Any, Emission]:
         inner, emission = method.step(params, state)
+        assert isinstance(emission, Emission)
         # A text that ended unchecked has no use for the call that the batch made anyway.
         work = emission.work
         calls = work.target_calls - work.extra["unchecked_ends"]

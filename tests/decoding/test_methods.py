@@ -21,7 +21,7 @@ def test_every_method_builds_with_its_defaults_and_once():
             method = tiny.build(name, temperature)
             assert isinstance(method, Method)
             assert method.name == name
-            assert method.roles == spec.roles
+            assert method.roles == (*spec.roles, *spec.parts)
             # The same method is the same object, so that nothing is compiled twice.
             assert tiny.build(name, temperature) is method
         assert spec.summary
@@ -142,3 +142,5 @@ def test_models_that_do_not_write_from_left_to_right():
             InputError, match=r"the (target|draft) model \(llada\) is bidirectional"
         ):
             methods.build("autoregressive", configs, SamplingConfig())
+    with pytest.raises(InputError, match=r"fills masks; the target model \(llama\) is causal"):
+        methods.build("llada", {"target": tiny.TARGET}, SamplingConfig())

@@ -35,6 +35,17 @@ TARGET = TransformerConfig(
 DRAFT = TARGET.replace(num_layers=1, local_layers=(True,))
 CONFIGS = {"target": TARGET, "draft": DRAFT}
 
+# For methods that fill masks.
+MASKED = TARGET.replace(
+    window=None,
+    local_layers=(),
+    num_kv_heads=8,
+    causal=False,
+    mask_token_id=63,
+    eos_token_ids=(5,),
+    family="llada",
+)
+
 # Five tokens: whole continuations can be enumerated, and a random draft is often right.
 SMALL = TARGET.replace(vocab_size=5, num_heads=2, num_kv_heads=1, head_dim=8, max_position=64)
 SMALL_DRAFT = SMALL.replace(num_layers=1, local_layers=(True,))
@@ -80,8 +91,9 @@ PROMPTS = prompts()
 
 
 def build(name: str, temperature: float = 0.0, /, **options: Any) -> loop.Method:
-    """A method on the tiny pair; see also `decode`."""
-    return methods.build(name, CONFIGS, SamplingConfig(temperature=temperature), options)
+    """A method on the tiny pair, or on MASKED; see also `decode`."""
+    configs = {"target": MASKED} if methods.spec(name).bidirectional else CONFIGS
+    return methods.build(name, configs, SamplingConfig(temperature=temperature), options)
 
 
 def decode(method: loop.Method, rows: Sequence[Sequence[int]] = PROMPTS, **kwargs: Any) -> list:
