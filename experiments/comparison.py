@@ -24,7 +24,7 @@ from experiments import acceptance, calibration, loading, lossless, results, tim
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 from models.tokenizer import Tokenizer
-from training import base_models
+from training import base_models, corpus_stores, trigrams
 from training.datasets import registry
 
 BASELINE = "autoregressive"
@@ -119,12 +119,37 @@ def held_out_prompts(config: ConfigDict, tokenizer: Tokenizer) -> Prompts:
     )
 
 
+def corpus_store(config: ConfigDict, tokenizer: Tokenizer) -> Any:
+    """The tri-gram store of `config.corpus`, as a `HotStart.value`; None where no method asks.
+
+    It is counted from another split of the dataset that the prompts come from, or from another
+    dataset.
+    """
+    if not any(entry.get("corpus") for entry in config.decode.methods):
+        return None
+    corpus = config.corpus
+    source = corpus if corpus.dataset else config.data
+    if not corpus.dataset and corpus.split == config.data.split:
+        raise InputError(f"corpus.split: {corpus.split!r} is what the prompts are from")
+    directory = corpus_stores.ensure(
+        source.dataset,
+        tokenizer,
+        split=corpus.split,
+        text_field=source.get("text_field") or None,
+        builder_options=source.builder_options.to_dict(),
+        slots=corpus.slots,
+        top=corpus.top,
+    )
+    return trigrams.load(directory / trigrams.STORE_FILE)
+
+
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs the comparison that `config` describes; see `experiments/configs/quickstart.py`."""
     begin = time.perf_counter()
     models = load_models(config)
     held_out = held_out_prompts(config, models.tokenizer)
     prompts = held_out.ids
+    store = corpus_store(config, models.tokenizer)
     # Rows of equal length make the fairest times; answers end where they end.
     ends = None if config.decode.get("stop_at_eos") else ()
     stop = generation.stop_config(models.configs["target"], config.decode.max_new_tokens, ends)
@@ -136,20 +161,23 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         )
         entries = {entry.label: entry for entry in config.decode.methods}
         built = {
-            label: methods.build(entry.method, models.configs, sampling, entry.options.to_dict())
+            label: methods.build(
+                entry.method, _as_target(models.configs, entry), sampling, entry.options.to_dict()
+            )
             for label, entry in entries.items()
         }
         for batch_size in config.decode.batch_sizes:
             runs = {
                 label: functools.partial(
                     timing.decode_all,
-                    models.params,
+                    _as_target(models.params, entries[label]),
                     prompts,
                     method,
                     stop,
                     batch_size=batch_size,
                     seed=config.seed,
                     hot=entries[label].get("hot", False),
+                    memory=store if entries[label].get("corpus") else None,
                 )
                 for label, method in built.items()
             }
@@ -182,6 +210,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         found["figures"][name] = figure
         found["claims"] += claims
     return found | {"seconds": time.perf_counter() - begin}
+
+
+def _as_target(models: Mapping[str, Any], entry: ConfigDict) -> dict[str, Any]:
+    """Models by role, with the one that a method decodes with as its target."""
+    role = entry.get("role") or "target"
+    check_choice("role", role, models)
+    return {**models, "target": models[role]}
 
 
 def _record(
@@ -245,20 +280,25 @@ def check_lossless(
 ) -> dict[str, dict[str, Any]]:
     """By label: how losslessness was checked at this temperature, and whether it held.
 
+    A method that decodes with another model than the target promises nothing about the target.
+
     Rows equal to the baseline's, token for token, are the strongest evidence and the only one at
     temperature 0. A method that samples differently is compared with the exact distribution of
     two tokens by a chi-square test. A method that does not promise the target's distribution is
     not tested: its agreement with the baseline is reported, and no 'held'.
     """
     checks: dict[str, dict[str, Any]] = {}
+    others = {entry.label: entry.get("role") or "target" for entry in config.decode.methods}
     for label, method in built.items():
         mine = [
             r for r in records if r["label"] == label and r["temperature"] == sampling.temperature
         ]
         identical = all(r["identical_rows"] == r["rows"] for r in mine)
-        if not method.lossless:
+        role = others.get(label, "target")
+        if not method.lossless or role != "target":
             shared = min(r["agreement"] for r in mine)
-            checks[label] = {"check": f"not lossless by design; {shared:.0%} of tokens agree"}
+            why = f"the {role} model alone" if method.lossless else "not lossless by design"
+            checks[label] = {"check": f"{why}; {shared:.0%} of tokens agree"}
             continue
         if identical or sampling.greedy:
             checks[label] = {"check": "token-identical to plain decoding", "held": identical}

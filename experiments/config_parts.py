@@ -13,6 +13,11 @@ def comparison(name: str) -> ConfigDict:
     # A role's model: a named base model (trained on first use), a checkpoint directory in
     # Hugging Face's format, or random:SIZE.
     config.models = ConfigDict({"target": "code_target", "draft": "code_draft"})
+    # What methods of `corpus=True` begin with: tri-grams of this split of `data.dataset`, or of
+    # another dataset.
+    config.corpus = ConfigDict({"dataset": "", "split": "train", "slots": 2**19, "top": 12})
+    config.corpus.builder_options = ConfigDict()
+    config.corpus.text_field = ""
 
     config.data = ConfigDict()
     config.data.dataset = "stdlib_code"
@@ -37,16 +42,35 @@ def comparison(name: str) -> ConfigDict:
     return config
 
 
-def method(label: str, name: str, *, hot: bool = False, **options: object) -> ConfigDict:
+def method(
+    label: str,
+    name: str,
+    *,
+    hot: bool = False,
+    corpus: bool = False,
+    role: str = "target",
+    **options: object,
+) -> ConfigDict:
     """An entry of `config.decode.methods`.
 
     Args:
       label: as reports show it.
       name: of `decoding.methods.METHODS`.
       hot: what the method learns from a prompt serves the next.
+      corpus: it begins with the store of `config.corpus`.
+      role: which of `config.models` it decodes with as its target.
       options: the method's own.
     """
-    return ConfigDict({"label": label, "method": name, "hot": hot, "options": options})
+    return ConfigDict(
+        {
+            "label": label,
+            "method": name,
+            "hot": hot,
+            "corpus": corpus,
+            "role": role,
+            "options": options,
+        }
+    )
 
 
 def claim(

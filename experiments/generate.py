@@ -64,7 +64,9 @@ _DRAFT = _text("draft", None, "Directory, or random:SIZE, of the draft model.")
 _METHOD = _text("method", "autoregressive", "Decoding method; see --list_methods.")
 _LIST_METHODS = _switch("list_methods", "Print every method and its options, then stop.")
 _METHOD_OPTION = _texts("method_option", "NAME=VALUE, an option of the method")
-_METHOD_PARAMS = _text("method_params", None, "Directory of the method's trained parts.")
+_METHOD_PARAMS = _text(
+    "method_params", None, "Directory of the method's trained parts, or of a store for aded."
+)
 _UNTRAINED_PARTS = _switch("untrained_parts", "Allow random values for the method's trained parts.")
 _PROMPT = _texts("prompt", "Text to continue")
 _PROMPTS_FILE = _text(
@@ -137,6 +139,7 @@ def _generate(options: dict[str, str]) -> None:
 
     name = _METHOD.value
     parts = loading.load_method_params(name, _METHOD_PARAMS.value, _UNTRAINED_PARTS.value)
+    memory = loading.load_memory(name, _METHOD_PARAMS.value)
     sampling = _sampling()
     mesh = loading.parse_mesh(_MESH.value)
     sources = {"target": _CHECKPOINT.value}
@@ -160,11 +163,11 @@ def _generate(options: dict[str, str]) -> None:
         "seed": _SEED.value,
         "mesh": mesh,
     }
+    hot = generation.HotStart(memory)  # what a method learns from a batch serves the next
     if _STREAM.value:
-        _stream(params | parts, prompts[0], tokenizer, run)
+        _stream(params | parts, prompts[0], tokenizer, run | {"hot": hot})
         return
     show = _json_line if _JSON.value else _readable
-    hot = generation.HotStart()  # what a method learns from a batch serves the next
     for ids in batches(rows, _BATCH_SIZE.value, mesh.shape["data"] if mesh else 1):
         chosen = [prompts[i // _NUM_SAMPLES.value] for i in ids]
         done = generation.generate(

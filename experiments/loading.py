@@ -26,6 +26,16 @@ from models.tokenizer import Tokenizer
 RANDOM = "random:"
 
 
+def _load_trigrams(path: Path) -> Any:
+    from training import trigrams
+
+    return trigrams.load(path)
+
+
+# Methods that can begin with what was learned before: the file in a directory, and its reader.
+MEMORIES = {"aded": ("trigrams.safetensors", _load_trigrams)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One prompt.
@@ -177,9 +187,12 @@ def load_method_params(
 
     Raises:
       InputError: either is given for a method without trained parts. None of
-        `decoding.methods.METHODS` has any so far.
+        `decoding.methods.METHODS` has any so far; what a method has learned is
+        `load_memory`'s.
     """
     methods.spec(method)
+    if method in MEMORIES:
+        directory = None
     for flag, given in (("method_params", directory), ("untrained_parts", untrained or None)):
         if given is not None:
             raise InputError(
@@ -187,6 +200,23 @@ def load_method_params(
                 f"leave --{flag} out"
             )
     return {}
+
+
+def load_memory(method: str, directory: str | os.PathLike[str] | None) -> Any:
+    """What a method begins with, as a `HotStart.value`; None for nothing.
+
+    Args:
+      method: its name.
+      directory: where what it has learned, or a corpus' counts, were saved: for aded, a directory
+        of `training.corpus_stores`, or any with `trigrams.STORE_FILE`.
+
+    Raises:
+      InputError: the file is missing or holds something else.
+    """
+    if directory is None or method not in MEMORIES:
+        return None
+    file, load = MEMORIES[method]
+    return load(Path(directory) / file)
 
 
 def load_tokenizer(source: str, config: TransformerConfig) -> Tokenizer:

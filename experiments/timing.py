@@ -26,17 +26,20 @@ def decode_all(
     batch_size: int,
     seed: int = 0,
     hot: bool = False,
+    memory: Any = None,
 ) -> list[Row]:
     """Continues all prompts, `batch_size` rows at a time; row numbers are the prompts'.
 
-    With `hot` each batch begins with what the method learned from those before it.
+    Each batch begins with `memory` (a `HotStart.value`); with `hot` the second and further ones
+    begin with what the method learned from those before.
     """
     rows: list[Row] = []
-    memory = generation.HotStart() if hot else None
+    carried = generation.HotStart(memory)
     for first in range(0, len(prompts), batch_size):
         part = prompts[first : first + batch_size]
         ids = range(first, first + len(part))
-        rows += generation.generate(params, part, method, stop, seed=seed, row_ids=ids, hot=memory)
+        start = carried if hot else generation.HotStart(memory)
+        rows += generation.generate(params, part, method, stop, seed=seed, row_ids=ids, hot=start)
     return rows
 
 

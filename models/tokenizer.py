@@ -5,6 +5,7 @@ as a small model trained on bytes, has UTF-8 bytes for tokens: ids 0-255 are the
 """
 
 import datetime
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,12 @@ class Tokenizer:
         return cls(
             backend, config, chat_template=template, special_tokens=_special_tokens(settings)
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what determines the ids of a text, special ones aside."""
+        text = "bytes" if self._backend is None else self._backend.to_str()
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text, with what the checkpoint adds around one (BOS) if asked for.

@@ -7,7 +7,8 @@
 
     hot = generation.HotStart(trigrams.load("code.trigrams.safetensors"))
 
-The tokens must be those of the target's tokeniser. Published stores are counted from UltraChat,
+The tokens must be those of the target's tokeniser (`training.corpus_stores` sees to that, and
+keeps what it counted). Published stores are counted from UltraChat,
 ShareGPT or The Stack (arXiv 2407.12021).
 """
 
@@ -30,6 +31,8 @@ from training import checkpoints
 _ID_BITS = 21
 # Tri-grams held before equal ones are merged: bounds the memory of a large corpus.
 _CHUNK = 2**24
+# A store's file in a directory of its own.
+STORE_FILE = "trigrams.safetensors"
 _FIELDS = ("keys", "successors", "weights")
 
 

@@ -99,7 +99,7 @@ def overhead(configs: Configs, params: ModelParams, repeats: int) -> list[dict[s
         )
         calls = int(after.stats.draft_calls[0]) / ROUNDS
         widths, tree = _shape(label, params, configs, source, round(calls))
-        runs = {
+        runs: dict[str, Callable[[], float]] = {
             "whole": functools.partial(_whole, params, configs, method),
             "bare": _bare(params, configs, source, widths, tree, method),
         }
