@@ -157,6 +157,8 @@ def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
     if "x_ticks" in spec:
         axis.set_xticks(spec["x_ticks"], [str(tick) for tick in spec["x_ticks"]])
         axis.minorticks_off()
+    elif any(isinstance(x, str) and len(x) > 6 for series in spec["series"] for x in series["x"]):
+        axis.tick_params(axis="x", rotation=30, labelsize=8)
     axis.set_title(spec["title"])
     axis.set_xlabel(spec["x_label"])
     axis.set_ylabel(spec["y_label"])

@@ -6,11 +6,12 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import psutil
 
 from models import files
@@ -84,6 +85,19 @@ def header(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "machine": machine(),
         "config": config,
     }
+
+
+def ratio_error(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Standard error of sum(numerators) / sum(denominators) over independent rows; 0 for one row.
+
+    The usual linearisation (Cochran, 'Sampling techniques', section 2.11).
+    """
+    a, b = np.asarray(numerators, float), np.asarray(denominators, float)
+    n = len(a)
+    if n < 2 or not b.sum():
+        return 0.0
+    left = a - b * (a.sum() / b.sum())
+    return float(np.sqrt((left**2).sum() * n / (n - 1)) / b.sum())
 
 
 def write_text(path: Path, text: str) -> None:

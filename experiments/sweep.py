@@ -27,6 +27,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all results.", fla
 
 SWEEP_FILE = "sweep.json"
 _METRICS = {"tokens_per_target_call": "tokens per target call", "speedup": "speed-up"}
+_ERROR = "tokens_per_target_call_error"
+# What a method that is not lossless gives away for speed; 'exact_match' where answers are known.
+_QUALITY = {"exact_match": "exact match", "agreement": "tokens as plain decoding"}
 
 
 def settings(argument: str) -> list[ConfigDict]:
@@ -76,9 +79,10 @@ def _unknown(field: str) -> Any:
 
 def collect(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a sweep's page shows: every run's figures by setting."""
+    names = ("label", "temperature", "batch_size", "role", "keeps_law", *_METRICS, _ERROR)
+    names += tuple(_QUALITY)
     runs = [
-        {"setting": one["name"]}
-        | {name: run[name] for name in ("label", "temperature", "batch_size", *_METRICS)}
+        {"setting": one["name"]} | {name: run[name] for name in names if name in run}
         for one in found
         for run in one["runs"]
     ]
@@ -86,8 +90,11 @@ def collect(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def figures(collected: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line chart a metric, temperature and batch size: methods over settings."""
-    charts = []
+    """A line chart a metric, temperature and batch size: methods over settings.
+
+    Where a method gives away quality for speed, charts of quality over cost come first.
+    """
+    charts = trade_offs(collected["runs"])
     where = dict.fromkeys((r["temperature"], r["batch_size"]) for r in collected["runs"])
     for metric, title in _METRICS.items():
         for temperature, batch in where:
@@ -112,8 +119,44 @@ def figures(collected: Mapping[str, Any]) -> list[dict[str, Any]]:
     return charts
 
 
+def trade_offs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Quality over target calls a token and over time a token; none if all keep the target's law.
+
+    A method's points are joined in the order of its settings; one that is the same in every
+    setting, as plain decoding is, is one point.
+    """
+    if all(r["keeps_law"] for r in runs):
+        return []
+    quality = next(name for name in _QUALITY if all(name in r for r in runs))
+    costs = {
+        "target calls a token": lambda r: (
+            1 / r["tokens_per_target_call"] if r["role"] == "target" else 0.0
+        ),
+        "time a token (plain decoding: 1)": lambda r: 1 / r["speedup"],
+    }
+    charts = []
+    for title, cost in costs.items():
+        series = []
+        for label in dict.fromkeys(r["label"] for r in runs):
+            mine = [r for r in runs if r["label"] == label]
+            if len({r[quality] for r in mine}) == 1 and mine[0]["keeps_law"]:
+                mine = mine[:1]
+            series.append(
+                {"label": label, "x": [cost(r) for r in mine], "y": [r[quality] for r in mine]}
+            )
+        charts.append(
+            {
+                "title": f"{_QUALITY[quality]} over {title}",
+                "x_label": title,
+                "y_label": _QUALITY[quality],
+                "series": series,
+            }
+        )
+    return charts
+
+
 def write(workdir: Path, collected: Mapping[str, Any]) -> Path:
-    """Writes `sweep.json`, `sweep.html` and a picture of its first chart."""
+    """Writes `sweep.json`, `sweep.html` and a picture of its charts."""
     from experiments import plots, results
 
     results.write_text(workdir / SWEEP_FILE, json.dumps(collected, indent=1) + "\n")
@@ -125,7 +168,7 @@ def write(workdir: Path, collected: Mapping[str, Any]) -> Path:
     )
     drawn = [plots.svg(plots.lines(chart)) for chart in charts]
     results.write_text(workdir / "sweep.html", page.render(title=workdir.name, charts=drawn))
-    plots.write_png(plots.lines(charts[0]), workdir / "sweep.png")
+    plots.write_png(plots.panels(charts), workdir / "sweep.png")
     return workdir / "sweep.html"
 
 
@@ -149,6 +192,12 @@ def execute(configs: Sequence[ConfigDict], workdir: Path) -> dict[str, Any]:
     return collected
 
 
+def _quality(run: Mapping[str, Any]) -> str:
+    if run["keeps_law"] and run["role"] == "target":
+        return ""
+    return "".join(f"  {run[name]:.1%} {text}" for name, text in _QUALITY.items() if name in run)
+
+
 def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
     if _CONFIG.value is None or _WORKDIR.value is None:
@@ -158,7 +207,8 @@ def main(argv: list[str]) -> None:
     for r in collected["runs"]:
         print(
             f"{r['setting']:<20} {r['label']:<28} T={r['temperature']:<4g} "
-            f"{r['tokens_per_target_call']:.2f} tokens/call  {r['speedup']:.2f}x"
+            f"{r['tokens_per_target_call']:.2f} +- {r.get(_ERROR, 0):.2f} tokens/call  "
+            f"{r['speedup']:.2f}x" + _quality(r)
         )
     print(f"report: {workdir / 'sweep.html'}")
 

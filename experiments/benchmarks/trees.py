@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from decoding import generation, methods
 from decoding.sampling import SamplingConfig
-from experiments import comparison, timing
+from experiments import comparison, results, timing
 from experiments.config_parts import comparison as comparison_config
 
 TEMPERATURES = (0.0, 0.6, 1.0)
@@ -94,6 +94,10 @@ def _record(
         "budget": budget,
         "tokens_per_target_call": total["tokens_per_target_call"],
         "speedup": timing.speedup(plain, measured["seconds"]),
+        "error": results.ratio_error(
+            [row.stats["tokens_emitted"] for row in measured["result"]],
+            [row.stats["target_calls"] for row in measured["result"]],
+        ),
         "tokens": total["tokens_emitted"],
         "target_calls": total["target_calls"],
         "draft_calls": total["draft_calls"],

@@ -83,6 +83,8 @@ def sweep() -> list[dict[str, object]]:
                 method("ADED", "aded", corpus=True, hot=True, **options),
                 method("ADED, empty store", "aded", hot=True, **options),
             ),
+            "decode.max_new_tokens": 64,
+            "decode.repeats": 1,
             "claims": (),
             "name": name,
         }

@@ -70,8 +70,11 @@ def sweep() -> list[dict[str, object]]:
     return [
         {
             "name": f"FB={fallback:g}",
+            "data.num_prompts": 32,
+            "decode.repeats": 1,
             "decode.methods": (
                 method("plain", "autoregressive"),
+                method("small model alone", "autoregressive", role="draft"),
                 *(
                     method(f"RB={rollback}", "bild", fallback=fallback, rollback=rollback)
                     for rollback in ROLLBACKS

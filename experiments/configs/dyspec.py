@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from experiments.config_parts import claim, comparison, method
 
 _DRAFT_TEMPERATURE = 0.6
+_DRAFT_TEMPERATURES = (0.1, 0.2, 0.4, 1.0)
 # Fixed trees by number of nodes: chain, constant branching, beam (width, depth).
 _FIXED = {16: ("4-1-1-1", (4, 4)), 32: ("2-3-2-1", (4, 8)), 64: ("4-3-2-1", (8, 8))}
 
@@ -37,10 +38,10 @@ def get_config(preset: str = "") -> ConfigDict:
     return config
 
 
-def trees(nodes: int) -> tuple[ConfigDict, ...]:
+def trees(nodes: int, draft_temperature: float = _DRAFT_TEMPERATURE) -> tuple[ConfigDict, ...]:
     """Every tree of `nodes` drafted nodes, after plain decoding."""
     branching, (width, depth) = _FIXED[nodes]
-    options: dict[str, Any] = {"draft_temperature": _DRAFT_TEMPERATURE}
+    options: dict[str, Any] = {"draft_temperature": draft_temperature}
     return (
         method("plain", "autoregressive"),
         method("chain", "speculative_sampling", num_draft=nodes, **options),
@@ -52,8 +53,22 @@ def trees(nodes: int) -> tuple[ConfigDict, ...]:
 
 
 def sweep() -> list[dict[str, object]]:
-    """Tokens per target call over the node budget."""
+    """Tokens per target call over the node budget, and over the drafts' temperature.
+
+    The drafter's probabilities are the tree's estimate of acceptance: its temperature decides how
+    well they foretell it.
+    """
+    settings = {f"{nodes} nodes": trees(nodes) for nodes in _FIXED}
+    settings |= {f"16, draft T={t:g}": trees(16, t) for t in _DRAFT_TEMPERATURES}
     return [
-        {"decode.methods": trees(nodes), "analyses": (), "claims": (), "name": f"{nodes} nodes"}
-        for nodes in _FIXED
+        {
+            "decode.methods": chosen,
+            "decode.max_new_tokens": 64,
+            "decode.repeats": 1,
+            "lossless.samples": 0,
+            "analyses": (),
+            "claims": (),
+            "name": name,
+        }
+        for name, chosen in settings.items()
     ]

@@ -41,14 +41,17 @@ def _spectr(label: str, num_sequences: int, length: int) -> ConfigDict:
 
 
 def sweep() -> list[dict[str, object]]:
-    """Block efficiency over the number of drafts K and their length L."""
+    """Block efficiency over the number of drafts K and their length L, on more tokens."""
     return [
         {
             "decode.methods": (
                 method("plain", "autoregressive"),
                 *(_spectr(f"K={k}", k, length) for k in (1, 2, 4, 8)),
             ),
+            "data.num_prompts": 12,
             "decode.temperatures": (1.0,),
+            "decode.repeats": 1,
+            "lossless.samples": 0,
             "analyses": (),
             "claims": (),
             "name": f"L={length}",

@@ -57,7 +57,14 @@ def sweep() -> list[dict[str, object]]:
     settings |= {f"{nodes} nodes, k=8": {"template": f"nodes{nodes}"} for nodes in (20, 40, 160)}
     settings["published tree"] = {}
     return [
-        {"decode.methods": _variants(**options), "analyses": (), "claims": (), "name": name}
+        {
+            "decode.methods": _variants(**options),
+            "decode.max_new_tokens": 64,
+            "decode.repeats": 1,
+            "analyses": (),
+            "claims": (),
+            "name": name,
+        }
         for name, options in settings.items()
     ]
 

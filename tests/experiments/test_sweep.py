@@ -8,7 +8,7 @@ import pytest
 
 from decoding.speculative.tree import DraftTree
 from decoding.speculative.verification import Verdict
-from experiments import calibration, sweep
+from experiments import calibration, plots, results, sweep
 from models import hf_checkpoint, sizes, transformer
 from models.errors import InputError
 
@@ -21,6 +21,7 @@ def get_config():
     config.models.target = config.models.draft = {checkpoint!r}
     config.data.update(num_prompts=2, prompt_tokens=16)
     config.decode.update(max_new_tokens=8, repeats=1, temperatures=(0.0,))
+    config.lossless.samples = 0
     config.decode.methods = (method("plain", "autoregressive"),)
     return config
 
@@ -96,3 +97,52 @@ def test_what_verification_tried_and_what_it_expects():
     np.testing.assert_allclose(probability, [0.5, 0.3, 0.2])
     assert fate.tolist() == [False, True, True] and rows.tolist() == [0, 0, 0]
     np.testing.assert_allclose(calibration.expected_tokens(tree), [0.5 + 0.3 + 0.3 * 0.2])
+
+
+def run_record(setting, label, quality, speedup, *, keeps_law=False, role="target"):
+    return {
+        "setting": setting, "label": label, "temperature": 0.0, "batch_size": 1, "role": role,
+        "keeps_law": keeps_law, "tokens_per_target_call": 2 * speedup, "speedup": speedup,
+        "agreement": quality,
+    }  # fmt: skip
+
+
+def test_quality_is_drawn_over_cost_where_a_method_gives_it_away():
+    runs = []
+    for setting, quality in (("FB=0.2", 0.5), ("FB=0.9", 0.8)):
+        runs += [
+            run_record(setting, "plain", 1.0, 0.5, keeps_law=True),
+            run_record(setting, "small", 0.25, 4.0, keeps_law=True, role="draft"),
+            run_record(setting, "RB=2", quality, 1 / quality),
+        ]
+    calls, seconds, *others = sweep.figures({"settings": ["FB=0.2", "FB=0.9"], "runs": runs})
+    assert len(others) == 2  # the usual two
+    assert calls["y_label"] == "tokens as plain decoding"
+    drawn = {s["label"]: (s["x"], s["y"]) for s in calls["series"]}
+    assert drawn == {
+        "plain": ([1.0], [1.0]), "small": ([0.0], [0.25]), "RB=2": ([0.25, 0.4], [0.5, 0.8]),
+    }  # fmt: skip
+    assert next(s for s in seconds["series"] if s["label"] == "RB=2")["x"] == [0.5, 0.8]
+    lossless = [r for r in runs if r["label"] == "plain"]
+    assert len(sweep.figures({"settings": ["FB=0.2"], "runs": lossless})) == 2
+
+
+def test_panels_are_drawn_with_one_legend(tmp_path):
+    spec = {"title": "t", "x_label": "x", "y_label": "y", "x_scale": "log", "x_ticks": [8, 16]}
+    spec["series"] = [{"label": "a", "x": [8, 16], "y": [1, 2]}, {"label": "b", "x": [8], "y": [1]}]
+    figure = plots.panels([spec] * 3)
+    assert [axis.get_visible() for axis in figure.axes] == [True, True, True, False]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    plots.write_png(figure, tmp_path / "panels.png")
+    assert (tmp_path / "panels.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_error_of_a_ratio_is_that_of_many_repeats():
+    rng = np.random.default_rng(0)
+    calls = rng.integers(10, 30, (4000, 24))
+    tokens = calls * 3 + rng.normal(0, 4, calls.shape)
+    ratios = tokens.sum(axis=1) / calls.sum(axis=1)
+    errors = [results.ratio_error(a, b) for a, b in zip(tokens, calls)]
+    assert np.mean(errors) == pytest.approx(ratios.std(), rel=0.03)
+    assert results.ratio_error([3], [1]) == 0
