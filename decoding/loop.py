@@ -129,6 +129,7 @@ class Method(NamedTuple):
       memory: what it learns in a run and may take into the next one; None if nothing.
       lossless: whether its text follows the target's distribution.
       canvas: for a method that fills masks; its state's `tokens` are then [B, S] for S slots.
+      amounts: names of its own work counters that are not whole numbers.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Method(NamedTuple):
     memory: Memory | None = None
     lossless: bool = True
     canvas: Canvas | None = None
+    amounts: tuple[str, ...] = ()
 
 
 def _is_cache(node: Any) -> bool:
@@ -314,7 +316,7 @@ def start(
         prompt_lengths=lengths,
         reason=jnp.zeros((B,), jnp.int32),
         keys=keys,
-        stats=work.zeros(B, method.depth, method.counters),
+        stats=work.zeros(B, method.depth, method.counters, method.amounts),
         rounds=jnp.zeros((), jnp.int32),
         inner=inner,
         ends=ends,

@@ -38,11 +38,16 @@ class Stats(struct.PyTreeNode):
         return jax.tree.map(plus, self, work)
 
 
-def zeros(batch: int, depth: int, counters: Sequence[str] = ()) -> Stats:
-    """Counters at zero for `depth` draft depths (0 for methods without drafts)."""
+def zeros(
+    batch: int, depth: int, counters: Sequence[str] = (), amounts: Sequence[str] = ()
+) -> Stats:
+    """Counters at zero for `depth` draft depths (0 for methods without drafts).
+
+    Of a method's own, `counters` are whole numbers and `amounts` are float32.
+    """
     count = jnp.zeros((batch,), jnp.int32)
     by_depth = jnp.zeros((batch, depth), jnp.int32)
-    extra = dict.fromkeys(counters, count)
+    extra = dict.fromkeys(counters, count) | dict.fromkeys(amounts, count.astype(jnp.float32))
     return Stats(count, count, count, count, by_depth, by_depth, extra)
 
 

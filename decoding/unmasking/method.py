@@ -111,7 +111,7 @@ def unmasking(
         return progress, revision
 
     def _work(call: Any, choice: Choice) -> work.Stats:
-        spent = lambda amount: jnp.where(call.served, amount, 0).astype(jnp.int32)  # noqa: E731
+        spent = lambda amount: jnp.where(call.served, amount, 0)  # noqa: E731
         extra = {name: spent(amount) for name, amount in choice.extra.items()}
         return work.round_work(
             len(call.served), 0, extra=extra | {FULL_CALLS: spent(call.full)}
@@ -128,4 +128,5 @@ def unmasking(
         counters=(*selector.counters, FULL_CALLS),
         lossless=False,
         canvas=Canvas(mask_id, schedule.length if schedule.absolute else 1, early_stop),
+        amounts=selector.amounts,
     )

@@ -28,7 +28,9 @@ class Choice(struct.PyTreeNode):
       tokens: int32 [B, S], what to write there.
       stay: bool [B], rows that have more to do in their block even if nothing in it is masked.
       memory: for the selector's next call.
-      extra: amounts for the selector's own work counters, int32 [B] each.
+      extra: amounts for the selector's own work counters, [B] each.
+      sure: bool [B, S], those of `write` that the rule would write at any time, and not only
+        because something must be; None where a rule makes no difference.
     """
 
     write: jnp.ndarray
@@ -36,6 +38,7 @@ class Choice(struct.PyTreeNode):
     stay: jnp.ndarray
     memory: Any
     extra: dict[str, jnp.ndarray]
+    sure: jnp.ndarray | None = None
 
 
 class Selector(NamedTuple):
@@ -48,6 +51,7 @@ class Selector(NamedTuple):
       edits: whether it may rewrite what is decided in the current block.
       counters: names of its own work counters.
       roles: parameters that it needs beside the target's.
+      amounts: names of those of its work counters that are not whole numbers.
     """
 
     select: Callable[[ModelParams, View, Prediction, Any], Choice]
@@ -56,6 +60,7 @@ class Selector(NamedTuple):
     edits: bool = False
     counters: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
+    amounts: tuple[str, ...] = ()
 
 
 def rank(among: jnp.ndarray, score: jnp.ndarray) -> jnp.ndarray:
