@@ -10,6 +10,7 @@ from typing import Any
 
 from models.errors import InputError, nearest
 from training import checkpoints
+from training.datasets import identity
 
 
 def cached(final: pathlib.Path, make: Callable[[pathlib.Path, pathlib.Path], None]) -> pathlib.Path:
@@ -32,9 +33,15 @@ def cached(final: pathlib.Path, make: Callable[[pathlib.Path, pathlib.Path], Non
     return final
 
 
-def digest(identity: Mapping[str, Any]) -> str:
-    """A name for what `identity`, anything JSON can hold, describes."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def digest(described: Mapping[str, Any]) -> str:
+    """A name for what `described`, anything JSON can hold, says."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def content_hash(directory: pathlib.Path) -> str:
+    """A hash of a model directory's config and weights."""
+    weights = sorted(path.name for path in directory.glob("*.safetensors"))
+    return identity.digest_files((name, directory / name) for name in ("config.json", *weights))
 
 
 def replace_fields(holder: Any, changes: Mapping[str, Any], inside: str = "") -> Any:

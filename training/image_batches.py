@@ -4,7 +4,9 @@ Any tfds dataset with an image and a label will do: the digits made here, or ima
 as array_record.
 """
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -12,6 +14,7 @@ import numpy as np
 import PIL.Image
 
 from models.errors import InputError, nearest
+from training.datasets import registry
 from training.datasets.registry import Examples
 
 Batch = dict[str, np.ndarray]
@@ -73,6 +76,54 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
     picture = PIL.Image.fromarray(square[..., 0] if channels == 1 else square)
     method = PIL.Image.Resampling.BOX if size < side else PIL.Image.Resampling.BICUBIC
     return np.asarray(picture.resize((size, size), method)).reshape(size, size, channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+    """Where images come from.
+
+    Attributes:
+      dataset: a name that `training.datasets.registry.load` knows, such as 'digit_scenes' or
+        'imagenet2012'.
+      options: of the dataset's builder, without `size`.
+      sizes: pixels a side; each is a source of its own.
+      train_split, eval_split: in tfds' notation.
+      data_dir: where a public dataset is prepared; None for tfds' default. (Our own are kept in
+        the cache.)
+      image_field, label_field: names of the features.
+    """
+
+    dataset: str = "digit_scenes"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sizes: tuple[int, ...] = (32,)
+    train_split: str = "train"
+    eval_split: str = "validation"
+    data_dir: str | None = None
+    image_field: str = "image"
+    label_field: str = "label"
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.sizes) < 1:
+            raise InputError(f"data.sizes: {self.sizes} must be positive numbers of pixels")
+
+
+def load_images(data: ImageData, split: str, size: int, cache: pathlib.Path) -> LabelledImages:
+    """One split at one size; our own datasets are drawn at that size, others cropped to it."""
+    options, folder = dict(data.options), data.data_dir
+    crop: int | None = size
+    if data.dataset in registry.BUILDERS:
+        options["size"], folder, crop = size, str(cache / "datasets"), None
+    return LabelledImages(
+        registry.load(data.dataset, split, data_dir=folder, **options),
+        size=crop,
+        image_field=data.image_field,
+        label_field=data.label_field,
+    )
+
+
+def data_identity(data: ImageData, cache: pathlib.Path) -> list[str]:
+    """What the images are, by content: a name for each size."""
+    return [load_images(data, data.train_split, size, cache).identity for size in data.sizes]
 
 
 def train_batches(

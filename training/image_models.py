@@ -2,75 +2,29 @@
 
 `ensure('digits_vq32')` returns a directory with config.json, model.safetensors and
 training_summary.json, training the model if no run on this machine has done so. The hash covers
-all fields of the recipe, the data's own content hash and `CODE_VERSION`.
+all fields of the recipe, the data's own content hash, the models it is made from and
+`CODE_VERSION`.
 """
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from models import files, vq
-from models.errors import InputError, check_choice
+from models import files, image_classifier, vq
+from models.errors import check_choice
+from models.image_classifier import ClassifierConfig
 from models.vq import VQConfig
 from training import artifacts, checkpoints, image_batches, loop, metric_writers, vq_tokenizer
+from training import image_classifier as classifier_training
 from training.base_models import SUMMARY_FILE
 from training.data_parallel import RunConfig
-from training.datasets import registry
-from training.image_batches import LabelledImages
+from training.image_batches import ImageData, data_identity, load_images
 from training.optimizers import OptimizerConfig
 
 # Part of every hash. Raise it when a change of code changes what the same recipe trains.
 CODE_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageData:
-    """Where images come from.
-
-    Attributes:
-      dataset: a name that `training.datasets.registry.load` knows, such as 'digit_scenes' or
-        'imagenet2012'.
-      options: of the dataset's builder, without `size`.
-      sizes: pixels a side; each is a source of its own.
-      train_split, eval_split: in tfds' notation.
-      data_dir: where a public dataset is prepared; None for tfds' default. (Our own are kept in
-        the cache.)
-      image_field, label_field: names of the features.
-    """
-
-    dataset: str = "digit_scenes"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sizes: tuple[int, ...] = (32,)
-    train_split: str = "train"
-    eval_split: str = "validation"
-    data_dir: str | None = None
-    image_field: str = "image"
-    label_field: str = "label"
-
-    def __post_init__(self) -> None:
-        if not self.sizes or min(self.sizes) < 1:
-            raise InputError(f"data.sizes: {self.sizes} must be positive numbers of pixels")
-
-
-def load_images(data: ImageData, split: str, size: int, cache: pathlib.Path) -> LabelledImages:
-    """One split at one size; our own datasets are drawn at that size, others cropped to it."""
-    options, folder = dict(data.options), data.data_dir
-    crop: int | None = size
-    if data.dataset in registry.BUILDERS:
-        options["size"], folder, crop = size, str(cache / "datasets"), None
-    return LabelledImages(
-        registry.load(data.dataset, split, data_dir=folder, **options),
-        size=crop,
-        image_field=data.image_field,
-        label_field=data.label_field,
-    )
-
-
-def data_identity(data: ImageData, cache: pathlib.Path) -> list[str]:
-    """What the images are, by content: a name for each size."""
-    return [load_images(data, data.train_split, size, cache).identity for size in data.sizes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +43,20 @@ class VQModel:
     eval_images: int = 256
 
 
-RECIPES: dict[str, VQModel] = {
+@dataclasses.dataclass(frozen=True)
+class ClassifierModel:
+    """The recipe of a classifier that generated images are measured with.
+
+    Attributes:
+      data: labelled images of one size.
+      train: the run.
+    """
+
+    data: ImageData
+    train: classifier_training.TrainConfig
+
+
+RECIPES: dict[str, Any] = {
     # One codebook for the three sizes of the digits.
     "digits_vq32": VQModel(
         ImageData(sizes=(16, 32, 64)),
@@ -99,10 +66,38 @@ RECIPES: dict[str, VQModel] = {
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, weight_decay=0.0),
         ),
     ),
+    **{
+        f"digits_classifier{size}": ClassifierModel(
+            ImageData(sizes=(size,)),
+            classifier_training.TrainConfig(
+                model=ClassifierConfig(size=size),
+                run=RunConfig(num_steps=400, batch_size=64, eval_every=200),
+                optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.01),
+            ),
+        )
+        for size in (16, 32, 64)
+    },
 }
 
 
-def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> VQModel:
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """Where a model is made.
+
+    Attributes:
+      cache: root of what is kept.
+      parents: directories of the models that it is made from, by role.
+      run: work directory, identity and description of the training run.
+      result: directory to save the model in.
+    """
+
+    cache: pathlib.Path
+    parents: Mapping[str, pathlib.Path]
+    run: Mapping[str, Any]
+    result: pathlib.Path
+
+
+def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
     """The recipe called `name`, with dotted fields replaced, as {'train.run.num_steps': 20}.
 
     Raises:
@@ -136,24 +131,35 @@ def ensure(
     return ensure_recipe(name, recipe(name, overrides), cache)
 
 
-def ensure_recipe(name: str, chosen: VQModel, cache: pathlib.Path) -> pathlib.Path:
-    """`ensure` for a recipe that has no name of its own; `name` labels its directory."""
+def ensure_recipe(name: str, chosen: Any, cache: pathlib.Path) -> pathlib.Path:
+    """`ensure` for a recipe that need not be in `RECIPES`; `name` labels its directory."""
+    parents = {role: resolve(source, cache) for role, source in _parents(chosen).items()}
     identity = {
         "recipe": dataclasses.asdict(chosen),
         "data": data_identity(chosen.data, cache),
+        "parents": {role: artifacts.content_hash(directory) for role, directory in parents.items()},
         "code_version": CODE_VERSION,
     }
     final = cache / "models" / f"{name}-{artifacts.digest(identity)}"
 
     def make(work: pathlib.Path, result: pathlib.Path) -> None:
-        trained = _train_vq(name, chosen, identity, cache, work / "run")
-        vq.save(result, chosen.train.model, trained.state.params)
-        write_summary(name, identity, trained, work / "run", result)
+        run = {"workdir": work / "run", "identity": identity, "description": name}
+        trained = MAKERS[type(chosen)](chosen, Making(cache, parents, run, result))
+        _write_summary(name, identity, trained, work / "run", result)
 
     return artifacts.cached(final, make)
 
 
-def write_summary(
+def resolve(source: str, cache: pathlib.Path) -> pathlib.Path:
+    """The directory of a model: of the recipe called `source`, trained if need be, or `source`."""
+    return ensure(source, cache_dir=cache) if source in RECIPES else pathlib.Path(source)
+
+
+def _parents(chosen: Any) -> Mapping[str, str]:
+    return getattr(chosen, "parents", {})
+
+
+def _write_summary(
     name: str,
     identity: Mapping[str, Any],
     trained: loop.Result,
@@ -174,29 +180,46 @@ def write_summary(
         checkpoints.write_json(result / SUMMARY_FILE, summary)
 
 
-def _train_vq(
-    name: str,
-    chosen: VQModel,
-    identity: Mapping[str, Any],
-    cache: pathlib.Path,
-    workdir: pathlib.Path,
-) -> loop.Result:
+def _make_vq(chosen: VQModel, making: Making) -> loop.Result:
     data, run, largest = chosen.data, chosen.train.run, max(chosen.data.sizes)
     train = [
-        (load_images(data, data.train_split, size, cache), run.batch_size * largest // size)
+        (load_images(data, data.train_split, size, making.cache), run.batch_size * largest // size)
         for size in data.sizes
     ]
-    held_out = [load_images(data, data.eval_split, size, cache) for size in data.sizes]
+    held_out = [load_images(data, data.eval_split, size, making.cache) for size in data.sizes]
 
     def evaluation() -> Any:
         for (_, rows), source in zip(train, held_out, strict=True):
             yield from image_batches.in_order(source, rows, chosen.eval_images)
 
-    return vq_tokenizer.train(
+    trained = vq_tokenizer.train(
         chosen.train,
         train_batches=image_batches.train_batches(train, seed=run.seed),
         eval_batches=evaluation,
-        workdir=workdir,
-        identity=identity,
-        description=name,
+        **making.run,
     )
+    vq.save(making.result, chosen.train.model, trained.state.params)
+    return trained
+
+
+def _make_classifier(chosen: ClassifierModel, making: Making) -> loop.Result:
+    data, run = chosen.data, chosen.train.run
+    train, held_out = (
+        load_images(data, split, data.sizes[0], making.cache)
+        for split in (data.train_split, data.eval_split)
+    )
+    trained = classifier_training.train(
+        chosen.train,
+        train_batches=image_batches.train_batches([(train, run.batch_size)], seed=run.seed),
+        eval_batches=lambda: image_batches.in_order(held_out, run.batch_size),
+        **making.run,
+    )
+    image_classifier.save(making.result, chosen.train.model, trained.state.params)
+    return trained
+
+
+# How a recipe's model is made: trains it and saves it in `Making.result`.
+MAKERS: dict[type, Callable[[Any, Making], loop.Result]] = {
+    VQModel: _make_vq,
+    ClassifierModel: _make_classifier,
+}
