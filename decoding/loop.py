@@ -76,6 +76,8 @@ class Revision(struct.PyTreeNode):
       ends: int32 [B], where each canvas ends; never later than before.
       done: bool [B], rows in which nothing is left to do.
       work: the work it took; `tokens_emitted` is filled by the loop.
+      complete: int32 [B], where an end of text among the first so many tokens ends the row, though
+        further blocks might change some of them; None for `settled`.
     """
 
     tokens: jnp.ndarray
@@ -83,6 +85,7 @@ class Revision(struct.PyTreeNode):
     ends: jnp.ndarray
     done: jnp.ndarray
     work: work.Stats
+    complete: jnp.ndarray | None = None
 
 
 class Canvas(NamedTuple):
@@ -201,7 +204,8 @@ def revise(
     end = jnp.where(has_eos, ends_text.argmax(axis=1) + 1, limit)
     done = revision.done
     if early_stop:
-        done |= (revision.settled >= end) & (has_eos | (revision.settled >= limit))
+        complete = revision.settled if revision.complete is None else revision.complete
+        done |= (complete >= end) & (has_eos | (complete >= limit))
     done &= active
     # Text after an end-of-sequence token is never shown, not even before the row is done.
     lengths = jnp.where(done, end, jnp.clip(revision.settled, state.lengths, end))

@@ -12,7 +12,7 @@ from decoding.sampling import SamplingConfig
 from decoding.unmasking import canvas
 from decoding.unmasking.canvas import Progress, Schedule, View
 from decoding.unmasking.policies import FULL_CALLS, Policy
-from decoding.unmasking.prediction import Prediction, reader
+from decoding.unmasking.prediction import Adjust, Prediction, reader
 from decoding.unmasking.selectors import Choice, Selector
 from models.config import TransformerConfig
 from models.errors import InputError
@@ -34,6 +34,7 @@ def unmasking(
     early_stop: bool = True,
     filtered: bool = False,
     revisable: int = 0,
+    adjust: Adjust | None = None,
 ) -> Method:
     """A method that fills the masks of a canvas; the same one for the same arguments.
 
@@ -51,8 +52,8 @@ def unmasking(
       cut: shortens canvases (an end of text that was foreseen); None leaves them alone.
       early_stop: a row is done when an end-of-sequence token stands in its settled text. The
         text is the same without, since what follows is dropped.
-      filtered: see `prediction.reader`.
-      revisable: blocks before the current one that a policy may still rewrite.
+      filtered, adjust: see `prediction.reader`.
+      revisable: blocks before the current one that may still be rewritten.
 
     Raises:
       InputError: a model without mask token, or a repetition penalty.
@@ -79,8 +80,12 @@ def unmasking(
     def step(params: ModelParams, state: DecodeState) -> tuple[Progress, Revision]:
         inner: Progress = state.inner
         view = canvas.look(state, schedule, mask_id)
-        read = reader(view, sampling, mask_id, features=selector.features, filtered=filtered)
+        read = reader(
+            view, sampling, mask_id, features=selector.features, filtered=filtered, adjust=adjust
+        )
         call = policy.compute(params, view, inner.store, read)
+        # A call that predicts nothing only writes a cache: no step, and it takes no noise.
+        steps = call.served & call.prediction.known.any(axis=1)
         choice = selector.select(params, view, call.prediction, inner.memory)
         write = choice.write & call.served[:, None]
         tokens = jnp.where(write, choice.tokens, view.tokens)
@@ -95,24 +100,28 @@ def unmasking(
         if selector.edits:  # one block after the other, each with its own edits
             block = jnp.minimum(block, inner.block + 1)
         moved = block > inner.block
-        settled = first
+        store = policy.update(call.store, view, write, moved)
+        pending = jnp.zeros_like(stay) if policy.pending is None else policy.pending(store)
+        settled, complete = first, None
         if selector.edits:
-            settled = schedule.start_of(block - revisable, view.prompt_lengths)
+            complete = schedule.start_of(block - pending, view.prompt_lengths)
+            settled = schedule.start_of(block - pending - revisable, view.prompt_lengths)
         progress = Progress(
             block=block,
-            step=jnp.where(moved, 0, inner.step + call.served),
-            calls=inner.calls + call.served,
-            store=policy.update(call.store, view, write, moved),
+            step=jnp.where(moved, 0, inner.step + steps),
+            calls=inner.calls + steps,
+            store=store,
             memory=choice.memory,
         )
-        done = ~stay & (schedule.start_of(block, view.prompt_lengths) >= ends)
+        done = ~stay & ~pending & (schedule.start_of(block, view.prompt_lengths) >= ends)
         done |= ~stay & ~left.any(axis=1) & (not selector.edits)
-        revision = Revision(tokens, settled, ends, done, _work(call, choice))
+        revision = Revision(tokens, settled, ends, done, _work(call, choice), complete)
         return progress, revision
 
     def _work(call: Any, choice: Choice) -> work.Stats:
         spent = lambda amount: jnp.where(call.served, amount, 0)  # noqa: E731
-        extra = {name: spent(amount) for name, amount in choice.extra.items()}
+        amounts = (choice.extra | call.extra).items()
+        extra = {name: spent(amount) for name, amount in amounts}
         return work.round_work(
             len(call.served), 0, extra=extra | {FULL_CALLS: spent(call.full)}
         ).replace(target_calls=spent(call.calls), target_positions=spent(call.positions))
@@ -125,7 +134,7 @@ def unmasking(
         init,
         prefill,
         step,
-        counters=(*selector.counters, FULL_CALLS),
+        counters=(*selector.counters, *policy.counters, FULL_CALLS),
         lossless=False,
         canvas=Canvas(mask_id, schedule.length if schedule.absolute else 1, early_stop),
         amounts=selector.amounts,

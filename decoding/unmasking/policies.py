@@ -32,6 +32,7 @@ class Call(struct.PyTreeNode):
       calls: int32 [B], model calls.
       positions: int32 [B], tokens that the model was run on.
       full: int32 [B], those of the calls that were on the whole canvas.
+      extra: amounts for the policy's own work counters, int32 [B] each.
     """
 
     store: Any
@@ -40,6 +41,7 @@ class Call(struct.PyTreeNode):
     calls: jnp.ndarray
     positions: jnp.ndarray
     full: jnp.ndarray
+    extra: dict[str, jnp.ndarray] = struct.field(default_factory=dict)
 
 
 class Policy(NamedTuple):
@@ -51,12 +53,17 @@ class Policy(NamedTuple):
       compute: (params, view, store, read) -> Call.
       update: (store, view, write bool [B, S], moved bool [B]) -> store after the round; `moved`
         are the rows that go on to another block.
+      counters: names of its own work counters.
+      pending: store -> bool [B], rows whose blocks before the current one have a call to come;
+        they are not done until then. None if there are no such calls.
     """
 
     init: Callable[[int, int], Any]
     prefill: Callable[[ModelParams, Any, jnp.ndarray, jnp.ndarray], Any]
     compute: Callable[[ModelParams, View, Any, Reader], Call]
     update: Callable[[Any, View, jnp.ndarray, jnp.ndarray], Any]
+    counters: tuple[str, ...] = ()
+    pending: Callable[[Any], jnp.ndarray] | None = None
 
 
 def no_prefill(params: ModelParams, store: Any, tokens: jnp.ndarray, lengths: jnp.ndarray) -> Any:

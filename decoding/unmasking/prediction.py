@@ -13,6 +13,9 @@ from decoding.unmasking.canvas import View
 # (logits [B, T, V], positions [B, T], or None for all S of them) -> Prediction.
 Reader = Callable[[jnp.ndarray, jnp.ndarray | None], "Prediction"]
 
+# (view, logits [B, T, V], positions [1 or B, T]) -> logits that the token is chosen by.
+Adjust = Callable[[View, jnp.ndarray, jnp.ndarray], jnp.ndarray]
+
 FEATURES = ("peak", "best", "entropy", "margin")
 
 
@@ -40,6 +43,7 @@ def reader(
     *,
     features: Collection[str] = (),
     filtered: bool = False,
+    adjust: Adjust | None = None,
 ) -> Reader:
     """How this round's logits become predictions.
 
@@ -53,16 +57,19 @@ def reader(
       features: names of `FEATURES` to compute.
       filtered: confidence is the probability that the sampler gave the token (LLaDA 2), and not
         the model's own, whatever the temperature and filters (LLaDA).
+      adjust: changes the logits before anything is read off them.
     """
 
     def read(logits: jnp.ndarray, positions: jnp.ndarray | None) -> Prediction:
+        at = view.index[None] if positions is None else positions
+        if adjust is not None:
+            logits = adjust(view, logits, at)
         logits = jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -jnp.inf, logits)
         law = jax.nn.log_softmax(logits, axis=-1)
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         tokens, source = best, law
         if not sampling.greedy:
             own = log_probs(logits, sampling)
-            at = view.index[None] if positions is None else positions
             at = jnp.broadcast_to(at, tokens.shape)
             keys = jax.vmap(jax.random.fold_in)(view.keys, view.calls)
             noise = randomness.gumbel(randomness.each(keys, at, randomness.SAMPLE), own.shape[-1])
