@@ -12,15 +12,25 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from models import files, image_classifier, vq
+from models import files, hf_checkpoint, image_classifier, vq
 from models.errors import check_choice
 from models.image_classifier import ClassifierConfig
 from models.vq import VQConfig
-from training import artifacts, checkpoints, image_batches, loop, metric_writers, vq_tokenizer
+from training import (
+    artifacts,
+    checkpoints,
+    image_batches,
+    image_language_model,
+    loop,
+    metric_writers,
+    vq_tokenizer,
+)
 from training import image_classifier as classifier_training
 from training.base_models import SUMMARY_FILE
 from training.data_parallel import RunConfig
 from training.image_batches import ImageData, data_identity, load_images
+from training.image_language_model import ImageLanguageModel
+from training.language_model import TrainConfig as LanguageTrainConfig
 from training.optimizers import OptimizerConfig
 
 # Part of every hash. Raise it when a change of code changes what the same recipe trains.
@@ -56,6 +66,23 @@ class ClassifierModel:
     train: classifier_training.TrainConfig
 
 
+def _autoregressive(size: int, *, batch_size: int, steps: int) -> ImageLanguageModel:
+    """A class-conditional model of the digits' codes at one size; the same network at each."""
+    side = size // 4
+    train = LanguageTrainConfig(
+        model=image_language_model.architecture(
+            side=side, num_codes=64, num_classes=10, layers=4, width=96
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=30),
+        num_steps=steps,
+        batch_size=batch_size,
+        sequence_length=side * side,
+        eval_every=steps // 3,
+        checkpoint_every=200,
+    )
+    return ImageLanguageModel(ImageData(sizes=(size,)), train, 10, "digits_vq32")
+
+
 RECIPES: dict[str, Any] = {
     # One codebook for the three sizes of the digits.
     "digits_vq32": VQModel(
@@ -77,6 +104,9 @@ RECIPES: dict[str, Any] = {
         )
         for size in (16, 32, 64)
     },
+    "digits_ar16": _autoregressive(16, batch_size=128, steps=900),
+    "digits_ar32": _autoregressive(32, batch_size=48, steps=900),
+    "digits_ar64": _autoregressive(64, batch_size=12, steps=900),
 }
 
 
@@ -218,8 +248,16 @@ def _make_classifier(chosen: ClassifierModel, making: Making) -> loop.Result:
     return trained
 
 
+def _make_autoregressive(chosen: ImageLanguageModel, making: Making) -> loop.Result:
+    tokenizer = making.parents["tokenizer"]
+    trained = image_language_model.train(chosen, tokenizer, making.cache, **making.run)
+    hf_checkpoint.save(making.result, chosen.train.model, trained.state.params)
+    return trained
+
+
 # How a recipe's model is made: trains it and saves it in `Making.result`.
 MAKERS: dict[type, Callable[[Any, Making], loop.Result]] = {
     VQModel: _make_vq,
     ClassifierModel: _make_classifier,
+    ImageLanguageModel: _make_autoregressive,
 }
