@@ -12,15 +12,17 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from models import files, hf_checkpoint, image_classifier, vq
+from models import files, hf_checkpoint, image_classifier, row_causal, vq
 from models.errors import check_choice
 from models.image_classifier import ClassifierConfig
+from models.row_causal import ResamplerConfig
 from models.vq import VQConfig
 from training import (
     artifacts,
     checkpoints,
     image_batches,
     image_language_model,
+    image_samplers,
     loop,
     metric_writers,
     vq_tokenizer,
@@ -30,6 +32,7 @@ from training.base_models import SUMMARY_FILE
 from training.data_parallel import RunConfig
 from training.image_batches import ImageData, data_identity, load_images
 from training.image_language_model import ImageLanguageModel
+from training.image_samplers import SamplerModel
 from training.language_model import TrainConfig as LanguageTrainConfig
 from training.optimizers import OptimizerConfig
 
@@ -83,6 +86,17 @@ def _autoregressive(size: int, *, batch_size: int, steps: int) -> ImageLanguageM
     return ImageLanguageModel(ImageData(sizes=(size,)), train, 10, "digits_vq32")
 
 
+def _sampler(direction: str, small: int, large: int, objective: str, steps: int) -> SamplerModel:
+    """Between two sizes of the digits; batches of about a thousand codes of the large grid."""
+    train = image_samplers.TrainConfig(
+        model=ResamplerConfig(direction, factor=large // small, width=64),
+        objective=objective,
+        run=RunConfig(num_steps=steps, batch_size=max(4, 64 * 16 // large), eval_every=steps // 2),
+        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.01),
+    )
+    return SamplerModel(ImageData(sizes=(small, large)), train, "digits_vq32")
+
+
 RECIPES: dict[str, Any] = {
     # One codebook for the three sizes of the digits.
     "digits_vq32": VQModel(
@@ -107,6 +121,14 @@ RECIPES: dict[str, Any] = {
     "digits_ar16": _autoregressive(16, batch_size=128, steps=900),
     "digits_ar32": _autoregressive(32, batch_size=48, steps=900),
     "digits_ar64": _autoregressive(64, batch_size=12, steps=900),
+    **{
+        f"digits_{direction}_{small}_{large}{suffix}": _sampler(
+            direction, small, large, objective, 400
+        )
+        for direction in ("up", "down")
+        for small, large in ((16, 32), (32, 64), (16, 64))
+        for objective, suffix in (("pixels", ""), ("tokens", "_tokens"))
+    },
 }
 
 
@@ -255,9 +277,16 @@ def _make_autoregressive(chosen: ImageLanguageModel, making: Making) -> loop.Res
     return trained
 
 
+def _make_sampler(chosen: SamplerModel, making: Making) -> loop.Result:
+    trained = image_samplers.train(chosen, making.parents["tokenizer"], making.cache, **making.run)
+    row_causal.save(making.result, chosen.train.model, trained.state.params)
+    return trained
+
+
 # How a recipe's model is made: trains it and saves it in `Making.result`.
 MAKERS: dict[type, Callable[[Any, Making], loop.Result]] = {
     VQModel: _make_vq,
     ClassifierModel: _make_classifier,
     ImageLanguageModel: _make_autoregressive,
+    SamplerModel: _make_sampler,
 }
