@@ -20,7 +20,15 @@ from decoding import generation, methods
 from decoding.generation import Row
 from decoding.loop import Method, ModelParams
 from decoding.sampling import SamplingConfig
-from experiments import acceptance, calibration, loading, lossless, results, timing
+from experiments import (
+    acceptance,
+    calibration,
+    loading,
+    lossless,
+    results,
+    timing,
+    unmasking_trace,
+)
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 from models.tokenizer import Tokenizer
@@ -193,7 +201,16 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 records.append(record)
             if batch_size == config.decode.batch_sizes[0]:
                 texts = {label: entry["result"][0].token_ids for label, entry in measured.items()}
-                samples.append(_samples(models.tokenizer, prompts[0], temperature, texts))
+                sample = _samples(models.tokenizer, prompts[0], temperature, texts)
+                sample["traces"] = {
+                    label: unmasking_trace.record(
+                        _as_target(models.params, entries[label]), prompts[0], method, stop,
+                        models.tokenizer, seed=config.seed,
+                    )
+                    for label, method in built.items()
+                    if method.canvas is not None
+                }  # fmt: skip
+                samples.append(sample)
         checks = check_lossless(config, models, prompts, sampling, built, records)
         for record in records:
             if record["temperature"] == temperature:
