@@ -43,6 +43,7 @@ class MethodSpec:
       bidirectional: whether it fills the masks of a bidirectional model; else it writes from left
         to right and needs causal ones.
       parts: its own trained parts, by the role that their parameters are given under.
+      parts_with: (option, value) with which alone it needs its parts; None if it always does.
     """
 
     summary: str
@@ -52,6 +53,13 @@ class MethodSpec:
     model_free: tuple[str, str] | None = None
     bidirectional: bool = False
     parts: tuple[str, ...] = ()
+    parts_with: tuple[str, str] | None = None
+
+    def trained_parts(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Parts it needs with these option values, as `parse_options` returns them."""
+        if self.parts_with is not None and options[self.parts_with[0]] != self.parts_with[1]:
+            return ()
+        return self.parts
 
     def roles_with(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Models it needs with these option values, as `parse_options` returns them."""

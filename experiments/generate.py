@@ -138,7 +138,7 @@ def _generate(options: dict[str, str]) -> None:
     from experiments import loading
 
     name = _METHOD.value
-    parts = loading.load_method_params(name, _METHOD_PARAMS.value, _UNTRAINED_PARTS.value)
+    parts = loading.load_method_params(name, _METHOD_PARAMS.value, _UNTRAINED_PARTS.value, options)
     memory = loading.load_memory(name, _METHOD_PARAMS.value)
     sampling = _sampling()
     mesh = loading.parse_mesh(_MESH.value)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from decoding import methods
 from decoding.loop import ModelParams
+from decoding.unmasking import learned_filter
 from models import hf_checkpoint, sharding, sizes, transformer
 from models.config import DTYPES, TransformerConfig
 from models.errors import InputError, check_choice
@@ -34,6 +35,17 @@ def _load_trigrams(path: Path) -> Any:
 
 # Methods that can begin with what was learned before: the file in a directory, and its reader.
 MEMORIES = {"aded": ("trigrams.safetensors", _load_trigrams)}
+
+
+def _load_filter(directory: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> Any:
+    if directory is None:
+        config = learned_filter.FilterConfig(options["block_length"])
+        return learned_filter.init(config, jax.random.key(0))
+    return learned_filter.load(directory)[1]
+
+
+# Trained parts by role: (directory, or None for random ones; the method's options) -> parameters.
+_PARTS = {learned_filter.ROLE: _load_filter}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +188,10 @@ def load_models(
 
 
 def load_method_params(
-    method: str, directory: str | os.PathLike[str] | None, untrained: bool
+    method: str,
+    directory: str | os.PathLike[str] | None,
+    untrained: bool,
+    options: Mapping[str, Any] | None = None,
 ) -> ModelParams:
     """Parameters of a method's own trained parts, by role, to be added to the models'.
 
@@ -184,13 +199,21 @@ def load_method_params(
       method: its name.
       directory: where a training pipeline saved them.
       untrained: allow random ones instead.
+      options: the method's own.
 
     Raises:
-      InputError: either is given for a method without trained parts. None of
-        `decoding.methods.METHODS` has any so far; what a method has learned is
-        `load_memory`'s.
+      InputError: either is given for a method that has no trained parts (with these options);
+        neither, or both, for one that has; what the directory holds is something else. What a
+        method has learned is `load_memory`'s.
     """
-    methods.spec(method)
+    spec, parsed = methods.spec(method), methods.parse_options(method, options or {})
+    if parts := spec.trained_parts(parsed):
+        if (directory is None) is not untrained:
+            raise InputError(
+                f"method_params: {str(directory)!r} with untrained_parts={untrained}; method "
+                f"{method} has trained parts ({', '.join(parts)}): give one of the two"
+            )
+        return {role: _PARTS[role](directory, parsed) for role in parts}
     if method in MEMORIES:
         directory = None
     for flag, given in (("method_params", directory), ("untrained_parts", untrained or None)):

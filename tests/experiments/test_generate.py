@@ -555,7 +555,9 @@ def test_vocabularies_that_differ(refused, directories, tmp_path):
 
 
 def test_trained_parts_are_refused_for_every_method_without_them():
-    for method in methods.METHODS:
+    for method, spec in methods.METHODS.items():
+        if spec.parts:
+            continue
         assert loading.load_method_params(method, None, False) == {}
         refused = [(None, True)]
         if method not in loading.MEMORIES:  # what a method has learned is not a trained part
