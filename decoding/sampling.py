@@ -50,6 +50,16 @@ class SamplingConfig:
         return self.temperature == 0
 
 
+def top_k(values: jnp.ndarray, k: int) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """`jax.lax.top_k` of [..., V]: the k largest, descending, and their indices, int32.
+
+    XLA's CPU backend copies an operand that has more than two axes.
+    """
+    before, V = values.shape[:-1], values.shape[-1]
+    best, index = jax.lax.top_k(values.reshape(-1, V), k)
+    return best.reshape(*before, k), index.reshape(*before, k)
+
+
 def seen_tokens(tokens: jnp.ndarray, lengths: jnp.ndarray, vocab_size: int) -> jnp.ndarray:
     """Which tokens occur among the first `lengths` [B] of tokens [B, M]: bool [B, V]."""
     inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
@@ -81,7 +91,7 @@ def log_probs(logits: jnp.ndarray, config: SamplingConfig) -> jnp.ndarray:
     logits = logits / config.temperature
     V = logits.shape[-1]
     if 0 < config.top_k < V:
-        kth = jax.lax.top_k(logits, config.top_k)[0][..., -1:]
+        kth = top_k(logits, config.top_k)[0][..., -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if config.top_p < 1:
         logits = _top_p(logits, config.top_p)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from decoding import randomness
 from decoding.autoregressive import pending_tokens
 from decoding.loop import DecodeState, ModelParams
+from decoding.sampling import top_k
 from decoding.speculative import sources, verification
 from decoding.speculative.drafting import Draft, Drafter
 from decoding.speculative.sources import Growing, Source
@@ -67,7 +68,7 @@ class _Draws(NamedTuple):
 def _draw(log_q: jnp.ndarray, keys: jax.Array, most: int) -> _Draws:
     """The first `most` draws at nodes with distributions log_q [..., V] and keys [...]."""
     noise = randomness.gumbel(keys, log_q.shape[-1])
-    _, tokens = jax.lax.top_k(log_q + noise, most)
+    _, tokens = top_k(log_q + noise, most)
     drawn = jnp.exp(jnp.take_along_axis(log_q, tokens, axis=-1))
     left = jnp.maximum(1 - (jnp.cumsum(drawn, axis=-1) - drawn), 0.0)
     # What is outside the support is never drawn, whatever rounding leaves of the mass.

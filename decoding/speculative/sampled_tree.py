@@ -15,6 +15,7 @@ import numpy as np
 from decoding import randomness
 from decoding.autoregressive import pending_tokens
 from decoding.loop import DecodeState, ModelParams
+from decoding.sampling import top_k
 from decoding.speculative import sources, verification
 from decoding.speculative.drafting import Draft, Drafter
 from decoding.speculative.sources import Source
@@ -72,7 +73,7 @@ def most_likely(log_q: jnp.ndarray, carry: Any, keys: jax.Array, width: int) -> 
 
 def _best(values: jnp.ndarray, carry: Any, width: int) -> Level:
     B, W, _ = values.shape
-    best, tokens = jax.lax.top_k(values, width // W)
+    best, tokens = top_k(values, width // W)
     parent = jnp.repeat(jnp.arange(W), width // W)
     return Level(
         tokens.reshape(B, width).astype(jnp.int32),

@@ -22,7 +22,7 @@ from decoding.autoregressive import pending_tokens
 from decoding.loop import DecodeState, Memory, Method, ModelParams
 from decoding.method_spec import Configs, MethodSpec, Option
 from decoding.prefill import CHUNK
-from decoding.sampling import SamplingConfig
+from decoding.sampling import SamplingConfig, top_k
 from decoding.speculative import template as templates
 from decoding.speculative import verification
 from decoding.speculative.drafting import Draft, Drafter
@@ -113,7 +113,7 @@ def update_table(
 
 def _successors(logits: jnp.ndarray, k: int) -> jnp.ndarray:
     """The k likeliest tokens, descending, ties to the smaller id: [..., V] -> int32 [..., k]."""
-    return jax.lax.top_k(logits, k)[1].astype(jnp.int32)
+    return top_k(logits, k)[1].astype(jnp.int32)
 
 
 def _read_prompts(

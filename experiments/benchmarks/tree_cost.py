@@ -81,7 +81,12 @@ def _state(params: ModelParams, configs: Configs, method: Method) -> DecodeState
     return jax.block_until_ready(loop.grow(state, SLOTS))
 
 
-def overhead(configs: Configs, params: ModelParams, repeats: int) -> list[dict[str, Any]]:
+def overhead(
+    configs: Configs,
+    params: ModelParams,
+    repeats: int,
+    entries: Mapping[str, tuple[str, dict[str, Any]]] = METHODS,
+) -> list[dict[str, Any]]:
     """Share of a 64-node round that is not a model call, by method.
 
     The same calls are made in a loop of their own on one tree. The rest is drawing noise, choosing
@@ -90,7 +95,7 @@ def overhead(configs: Configs, params: ModelParams, repeats: int) -> list[dict[s
     sampling = SamplingConfig(temperature=1.0)
     source = model_source(configs["draft"], sampling)
     found = []
-    for label, (name, options) in METHODS.items():
+    for label, (name, options) in entries.items():
         method = methods.build(name, configs, sampling, options)
         state = _state(params, configs, method)
         begun = state.rounds
@@ -215,6 +220,7 @@ def memory(
     *,
     vocabularies: tuple[int, int] = VOCABULARIES,
     slots: int = SLOTS,
+    nodes: int = NODES,
     entries: Mapping[str, tuple[str, dict[str, Any]]] = METHODS,
 ) -> list[dict[str, Any]]:
     """Temporary memory of a compiled round, and how much of it grows with nodes times vocabulary.
@@ -222,6 +228,13 @@ def memory(
     Nothing is run. Each loop is compiled for two vocabularies; the difference of its temporaries
     over that of a float32 array [N, V] says how many such arrays are alive at once. The target's
     logits are one; a sampled drafter's distributions are at most another.
+
+    Args:
+      configs: architectures by role; their vocabularies are replaced.
+      vocabularies: the two; the first is what the bytes are given for.
+      slots: of the caches.
+      nodes: that the methods draft.
+      entries: methods and options by label.
     """
     found = []
     for label, (name, options) in entries.items():
@@ -232,14 +245,14 @@ def memory(
             analysis = _compile(sized, method, slots).memory_analysis()
             assert analysis is not None
             usage.append(analysis.temp_size_in_bytes)
-        array = 4 * (NODES + 1) * (vocabularies[1] - vocabularies[0])
+        array = 4 * (nodes + 1) * (vocabularies[1] - vocabularies[0])
         found.append(
             {
                 "label": label,
-                "nodes": NODES,
+                "nodes": nodes,
                 "vocabulary": vocabularies[0],
                 "temporaries_bytes": usage[0],
-                "logits_bytes": 4 * (NODES + 1) * vocabularies[0],
+                "logits_bytes": 4 * (nodes + 1) * vocabularies[0],
                 "arrays": (usage[1] - usage[0]) / array,
             }
         )

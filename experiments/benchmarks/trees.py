@@ -24,7 +24,7 @@ BUDGETS: dict[int, tuple[tuple[int, int], str]] = {
     32: ((4, 8), "2-3-2-1"),
     64: ((8, 8), "4-3-2-1"),
 }
-NUM_PROMPTS = 6
+NUM_PROMPTS = 4
 NEW_TOKENS = 64
 HOT = ("Token Recycling",)  # one table for all prompts, as published
 

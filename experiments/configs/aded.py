@@ -81,7 +81,6 @@ def sweep() -> list[dict[str, object]]:
             "decode.methods": (
                 method("plain", "autoregressive"),
                 method("ADED", "aded", corpus=True, hot=True, **options),
-                method("ADED, empty store", "aded", hot=True, **options),
             ),
             "decode.max_new_tokens": 64,
             "decode.repeats": 1,

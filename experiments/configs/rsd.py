@@ -49,11 +49,11 @@ def at_budget(nodes: int) -> tuple[ConfigDict, ...]:
 
 
 def sweep() -> list[dict[str, object]]:
-    """Tokens per target call at equal budgets, on three times the prompts."""
+    """Tokens per target call at equal budgets, on twice the prompts."""
     return [
         {
             "decode.methods": (method("plain", "autoregressive"), *at_budget(nodes)),
-            "data.num_prompts": 18,
+            "data.num_prompts": 12,
             "decode.temperatures": (1.0,),
             "decode.repeats": 1,
             "lossless.samples": 0,
