@@ -75,7 +75,7 @@ class _Resampler(nn.Module):
         if config.direction == "up":
             y = spread_cells(y, r)
         # Scale of the logits that a cross-entropy sees; the nearest code does not depend on it.
-        self.param("log_scale", nn.initializers.zeros, ())
+        self.param("log_scale", nn.initializers.zeros, (1,))
         return plain + y
 
 

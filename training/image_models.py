@@ -118,9 +118,9 @@ RECIPES: dict[str, Any] = {
         )
         for size in (16, 32, 64)
     },
-    "digits_ar16": _autoregressive(16, batch_size=128, steps=900),
+    "digits_ar16": _autoregressive(16, batch_size=128, steps=600),
     "digits_ar32": _autoregressive(32, batch_size=48, steps=900),
-    "digits_ar64": _autoregressive(64, batch_size=12, steps=900),
+    "digits_ar64": _autoregressive(64, batch_size=12, steps=600),
     **{
         f"digits_{direction}_{small}_{large}{suffix}": _sampler(
             direction, small, large, objective, 400
