@@ -79,6 +79,20 @@ def speedup(baseline: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(b / o for b, o in zip(baseline, other, strict=True))
 
 
+def best(runs: Mapping[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
+    """Least of the seconds that each callable returns, run in turn after a warm-up.
+
+    For parts of a whole that are compared in absolute terms: other jobs can only add to a time.
+    """
+    for run in runs.values():
+        run()
+    seconds = {name: float("inf") for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name] = min(seconds[name], run())
+    return seconds
+
+
 def medians(runs: dict[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
     """Median of the seconds that each callable returns, run in turn after a warm-up."""
     for run in runs.values():

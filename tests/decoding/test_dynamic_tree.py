@@ -155,19 +155,36 @@ def test_an_ended_text_is_not_drawn_beyond(draws_in_order):
     assert not [path for path in paths(draft.tree) if 0 in path[:-1]]
 
 
+def depth_first(parent: np.ndarray) -> np.ndarray:
+    """Old numbers of the nodes of [B, N] parents, in depth-first order."""
+
+    def visit(row: int, node: int) -> list[int]:
+        below = np.flatnonzero(parent[row] == node)
+        return [node, *(n for child in below for n in visit(row, int(child)))]
+
+    return np.asarray([visit(row, 0) for row in range(len(parent))])
+
+
+def test_depth_first_masks_are_denser():
+    """Fewer blocks of 32 x 32 that are not empty, as published for larger trees."""
+    tree = jax.tree.map(np.asarray, greedy_trees(255).tree)
+
+    def blocks(mask: np.ndarray) -> int:
+        return int(mask.reshape(8, 32, 8, 32).any(axis=(1, 3)).sum())
+
+    created = depth_ordered = 0
+    for ancestry, order in zip(np.asarray(tree.ancestry), depth_first(tree.parent), strict=True):
+        created += blocks(ancestry)
+        depth_ordered += blocks(ancestry[np.ix_(order, order)])
+    assert depth_ordered < 0.8 * created
+
+
 def test_order_of_nodes_does_not_matter_as_long_as_siblings_keep_theirs():
     """Depth-first numbering gives the same verdict as the order of creation."""
     draft = greedy_trees(12)
     tree = jax.tree.map(np.asarray, draft.tree)
     N = tree.num_nodes
-    order = np.zeros((ROWS, N), int)  # new number -> old
-    for row in range(ROWS):
-
-        def visit(node: int, row: int = row) -> list[int]:
-            below = np.flatnonzero(tree.parent[row] == node)
-            return [node, *(n for child in below for n in visit(int(child)))]
-
-        order[row] = visit(0)
+    order = depth_first(tree.parent)
     new = np.argsort(order, axis=1)
     take = lambda x: np.take_along_axis(x, order, axis=1)  # noqa: E731
     parent = take(tree.parent)

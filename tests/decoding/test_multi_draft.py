@@ -92,6 +92,17 @@ def test_siblings_must_be_tried_in_draw_order():
     assert np.abs(first - P).max() > 0.02
 
 
+def test_choosing_among_draws_by_their_probability_is_biased():
+    """What DySpec must not do: a draw that is dropped because it is unlikely is still a draw."""
+    tree = root_tree(draws(Q, 1, False), Q, False)
+    likely = jnp.asarray(Q)[tree.tokens] >= 0.25
+    chosen = tree.replace(valid=tree.valid & likely.at[:, 0].set(True))
+    first = np.asarray(judge(multi_draft.recursive_rejection, chosen, P).tokens[:, 0])
+    # Of the drafts 0 two in five stand; where 2 was dropped, the token is drawn from P.
+    expected = 0.5 * 0.4 + 0.2 * 0.2
+    assert (first == 0).mean() == pytest.approx(expected, abs=0.01) and expected > P[0] + 0.03
+
+
 def test_without_deflation_duplicates_bias():
     """q one-hot at x, p(x) = .5, three copies: K-SEQ accepts half, plain trials .875."""
     q, p = np.array([1.0, 0.0]), np.array([0.5, 0.5])
