@@ -34,6 +34,9 @@ _PARTS = flags.DEFINE_list(
     "weights, the share of a round outside model calls, its memory, and one call on 64 nodes.",
     flag_values=FLAGS,
 )
+_LINES = flags.DEFINE_list(
+    "lines", [], "Methods of the trees suite's budgets, by label; default all.", flag_values=FLAGS
+)
 _TARGET = flags.DEFINE_string(
     "target", "bench_85m", "Size of the trees suite's random target.", flag_values=FLAGS
 )
@@ -83,7 +86,7 @@ def _trees() -> tuple[dict[str, Any], str]:
     found: dict[str, Any] = {}
     text = ""
     if "budgets" in parts:
-        found["budgets"] = trees.run(repeats)
+        found["budgets"] = trees.run(repeats, _LINES.value)
         text += trees.table(found["budgets"])
         if _WORKDIR.value:
             from experiments import plots

@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DySpec": ("dyspec", {"budget": NODES, "layer_width": LAYER}),
     "top tree": ("top_tree", {"branching": "4-3-2-1"}),
     "Token Recycling": ("token_recycling", {"template": f"nodes{NODES}"}),
+    "ADED": ("aded", {"budget": NODES}),
 }
 _STOP = StopConfig(SLOTS, (), SLOTS * 2)
 
@@ -135,7 +136,7 @@ def _shape(
     label: str, params: ModelParams, configs: Configs, source: Source, calls: int
 ) -> tuple[tuple[int, ...], DraftTree]:
     """Nodes of each draft call after the first, and a tree of 64 nodes for the target's call."""
-    if label == "Token Recycling":
+    if label in ("Token Recycling", "ADED"):  # no draft model
         return (), template_tree(template.named(f"nodes{NODES}", 8))
     kinds = {
         "SpecTr": ("independent", (WIDTH,) * DEPTH),

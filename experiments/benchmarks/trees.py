@@ -15,6 +15,7 @@ from decoding import generation, methods
 from decoding.sampling import SamplingConfig
 from experiments import comparison, results, timing
 from experiments.config_parts import comparison as comparison_config
+from models.errors import check_choice
 
 TEMPERATURES = (0.0, 0.6, 1.0)
 # Nodes that the target scores beside the root: SpecTr's and RSD-S's width x depth, RSD-C's tree.
@@ -25,6 +26,7 @@ BUDGETS: dict[int, tuple[tuple[int, int], str]] = {
     64: ((8, 8), "4-3-2-1"),
 }
 NUM_PROMPTS = 4
+PROMPT_TOKENS = 121  # with what follows, every loop is compiled for one size of cache: 256 slots
 NEW_TOKENS = 64
 HOT = ("Token Recycling",)  # one table for all prompts, as published
 
@@ -47,19 +49,28 @@ def entries(budget: int) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def run(repeats: int, budgets: Sequence[int] = tuple(BUDGETS)) -> list[dict[str, Any]]:
-    """One record a method, temperature and budget, on the trained pair; batch 1."""
+def run(repeats: int, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One record a method, temperature and budget, on the trained pair; batch 1.
+
+    Args:
+      repeats: timed ones, after a first run that compiles and gives the figures but times.
+      labels: keys of `entries`; none for all. Plain decoding is always among them.
+    """
+    for label in labels:
+        check_choice("lines", label, entries(8))
     config: ConfigDict = comparison_config("trees")
-    config.data.num_prompts = NUM_PROMPTS
+    config.data.update(num_prompts=NUM_PROMPTS, prompt_tokens=PROMPT_TOKENS)
     models = comparison.load_models(config)
     prompts = comparison.held_out_prompts(config, models.tokenizer).ids
     stop = generation.stop_config(models.configs["target"], NEW_TOKENS, ())
     records = []
     for temperature in TEMPERATURES:
         sampling = SamplingConfig(temperature=temperature)
-        for budget in budgets:
+        for budget in BUDGETS:
             runs: dict[str, Callable[[], Any]] = {}
             for label, (name, options) in entries(budget).items():
+                if labels and label not in ("plain", *labels):
+                    continue
                 method = methods.build(name, models.configs, sampling, options)
                 runs[label] = functools.partial(
                     timing.decode_all,

@@ -82,6 +82,7 @@ def sweep() -> list[dict[str, object]]:
                 method("plain", "autoregressive"),
                 method("ADED", "aded", corpus=True, hot=True, **options),
             ),
+            "data.prompt_tokens": 121,  # one size of cache, and so one compilation, a method
             "decode.max_new_tokens": 64,
             "decode.repeats": 1,
             "claims": (),

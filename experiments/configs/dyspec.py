@@ -67,6 +67,7 @@ def sweep() -> list[dict[str, object]]:
     return [
         {
             "decode.methods": chosen,
+            "data.prompt_tokens": 121,  # one size of cache, and so one compilation, a method
             "decode.max_new_tokens": 64,
             "decode.repeats": 1,
             "lossless.samples": 0,

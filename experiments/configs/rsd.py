@@ -53,7 +53,9 @@ def sweep() -> list[dict[str, object]]:
     return [
         {
             "decode.methods": (method("plain", "autoregressive"), *at_budget(nodes)),
+            "data.prompt_tokens": 121,  # one size of cache, and so one compilation, a method
             "data.num_prompts": 12,
+            "decode.max_new_tokens": 64,
             "decode.temperatures": (1.0,),
             "decode.repeats": 1,
             "lossless.samples": 0,

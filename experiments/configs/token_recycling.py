@@ -59,6 +59,7 @@ def sweep() -> list[dict[str, object]]:
     return [
         {
             "decode.methods": _variants(**options),
+            "data.prompt_tokens": 121,  # one size of cache, and so one compilation, a method
             "data.num_prompts": 4,
             "decode.max_new_tokens": 64,
             "decode.repeats": 1,
