@@ -42,9 +42,9 @@ def entries(budget: int) -> dict[str, tuple[str, dict[str, Any]]]:
         "RSD-C": ("rsd_c", {"branching": branching}),
         "RSD-S": ("rsd_s", beam),
         "DySpec": ("dyspec", {"budget": budget}),
-        "DySpec, heap": ("dyspec", {"budget": budget, "construction": "heap"}),
+        "DySpec heap": ("dyspec", {"budget": budget, "construction": "heap"}),
         "top tree": ("top_tree", {"branching": branching}),
-        "RSD-S, n-grams": ("rsd_s", {**beam, "source": "ngram"}),
+        "RSD-S n-grams": ("rsd_s", {**beam, "source": "ngram"}),
         "Token Recycling": ("token_recycling", {"template": f"nodes{budget}"}),
     }
 

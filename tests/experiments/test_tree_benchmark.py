@@ -20,7 +20,7 @@ def test_every_method_has_the_same_nodes(temperature):
     for budget in trees.BUDGETS:
         for label, (name, options) in trees.entries(budget).items():
             method = methods.build(name, TINY, sampling, options)
-            scratch = {"DySpec": min(32, budget), "DySpec, heap": 1}.get(label, 0)
+            scratch = {"DySpec": min(32, budget), "DySpec heap": 1}.get(label, 0)
             nodes = 0 if label == "plain" else budget
             assert method.lookahead == nodes + 1 + scratch, (label, budget)
     for name, options in tree_cost.METHODS.values():
