@@ -135,8 +135,9 @@ class _DropClass(grain.transforms.RandomMap):
         self._null, self._probability = null, probability
 
     def random_map(self, element: Batch, rng: np.random.Generator) -> Batch:
-        drop = rng.random() < self._probability
-        return {**element, "labels": np.int32(self._null) if drop else element["labels"]}
+        if rng.random() < self._probability:
+            return {**element, "labels": np.asarray(self._null, np.int32)}
+        return element
 
 
 def to_fields(batch: Mapping[str, np.ndarray], num_codes: int) -> Batch:

@@ -224,8 +224,10 @@ def train(
             size: image_batches.load_images(chosen.data, split, size, cache)
             for size in (given, wanted)
         }
-        rows = [CodeRows(vq_config, frozen, images[size], limit) for size in (given, wanted)]
-        return PairedImages(*rows, images[wanted])
+        source, target = (
+            CodeRows(vq_config, frozen, images[size], limit) for size in (given, wanted)
+        )
+        return PairedImages(source, target, images[wanted])
 
     held_out = pairs(chosen.data.eval_split, chosen.eval_images)
     batches = image_batches.train_batches(
