@@ -197,7 +197,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 record["keeps_law"] = built[label].lossless
                 if held_out.answers is not None:
                     rows = measured[label]["result"]
-                    record["exact_match"] = _exact_match(models, rows, held_out.answers)
+                    record["exact_match"] = exact_match(models, rows, held_out.answers)
                 records.append(record)
             if batch_size == config.decode.batch_sizes[0]:
                 texts = {label: entry["result"][0].token_ids for label, entry in measured.items()}
@@ -273,7 +273,7 @@ def _record(
     }
 
 
-def _exact_match(models: Models, rows: Sequence[Row], answers: Sequence[str]) -> float:
+def exact_match(models: Models, rows: Sequence[Row], answers: Sequence[str]) -> float:
     """Share of rows whose text, its end token aside, is the answer."""
     ends = models.configs["target"].eos_token_ids
     right = 0
