@@ -57,39 +57,73 @@ def joint_threshold(
 
     def select(params: ModelParams, view: View, prediction: Prediction, memory: Any) -> Choice:
         del params
-        here = prediction.known & view.open
-        active = here & view.masked
-        sure = active & (prediction.confidence > mask_threshold)
-        enough = sure.sum(axis=1) >= num_to_transfer
-        likely = best(active, prediction.confidence, num_to_transfer)
-        place = jnp.where(enough[:, None], sure, likely)
-
-        scope = prediction.known & (view.index < view.start[:, None]) | here if earlier else here
-        editable = scope & ~view.masked & (view.index >= view.prompt_lengths[:, None])
-        differs = prediction.tokens != view.tokens
-        edit = editable & differs & (prediction.confidence > edit_threshold)
-
-        # Calls that predict nothing of the block (a commit, a look at earlier ones) do not count.
-        seen, was_full = here.any(axis=1), ~view.candidates.any(axis=1)
-        post = memory + (seen & was_full)
-        full = ~(view.candidates & ~place).any(axis=1)
-        unchanged = was_full & ~edit.any(axis=1)
-        spent = full & ~unchanged & (post >= max_post_steps)
-        leave = seen & (unchanged | spent)
-        return Choice(
-            write=place | edit,
-            tokens=prediction.tokens,
-            stay=seen & ~leave,
-            memory=jnp.where(leave, 0, post),
-            extra={
-                "edits": edit.sum(axis=1),
-                "post_passes": (seen & was_full).astype(jnp.int32),
-                "budget_exits": (seen & spent).astype(jnp.int32),
-            },
+        return joint(
+            view,
+            prediction,
+            memory,
+            mask_threshold,
+            edit_threshold,
+            max_post_steps=max_post_steps,
+            num_to_transfer=num_to_transfer,
+            earlier=earlier,
         )
 
-    return Selector(
-        select, lambda batch: jnp.zeros((batch,), jnp.int32), edits=True, counters=COUNTERS
+    return Selector(select, no_calls, edits=True, counters=COUNTERS)
+
+
+def no_calls(batch: int) -> jnp.ndarray:
+    """The memory of `joint` before the first round."""
+    return jnp.zeros((batch,), jnp.int32)
+
+
+def joint(
+    view: View,
+    prediction: Prediction,
+    memory: jnp.ndarray,
+    mask_threshold: float | jnp.ndarray,
+    edit_threshold: float | jnp.ndarray,
+    *,
+    max_post_steps: int,
+    num_to_transfer: int = 1,
+    earlier: bool = False,
+) -> Choice:
+    """The choice of `joint_threshold`, with thresholds that may be traced.
+
+    Args:
+      view, prediction: of the round.
+      memory: int32 [B], calls on the current block since it was full.
+      mask_threshold, edit_threshold, max_post_steps, num_to_transfer, earlier: see
+        `joint_threshold`.
+    """
+    here = prediction.known & view.open
+    active = here & view.masked
+    sure = active & (prediction.confidence > mask_threshold)
+    enough = sure.sum(axis=1) >= num_to_transfer
+    likely = best(active, prediction.confidence, num_to_transfer)
+    place = jnp.where(enough[:, None], sure, likely)
+
+    scope = prediction.known & (view.index < view.start[:, None]) | here if earlier else here
+    editable = scope & ~view.masked & (view.index >= view.prompt_lengths[:, None])
+    differs = prediction.tokens != view.tokens
+    edit = editable & differs & (prediction.confidence > edit_threshold)
+
+    # Calls that predict nothing of the block (a commit, a look at earlier ones) do not count.
+    seen, was_full = here.any(axis=1), ~view.candidates.any(axis=1)
+    post = memory + (seen & was_full)
+    full = ~(view.candidates & ~place).any(axis=1)
+    unchanged = was_full & ~edit.any(axis=1)
+    spent = full & ~unchanged & (post >= max_post_steps)
+    leave = seen & (unchanged | spent)
+    return Choice(
+        write=place | edit,
+        tokens=prediction.tokens,
+        stay=seen & ~leave,
+        memory=jnp.where(leave, 0, post),
+        extra={
+            "edits": edit.sum(axis=1),
+            "post_passes": (seen & was_full).astype(jnp.int32),
+            "budget_exits": (seen & spent).astype(jnp.int32),
+        },
     )
 
 
