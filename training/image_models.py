@@ -7,13 +7,15 @@ all fields of the recipe, the data's own content hash, the models it is made fro
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from models import files, hf_checkpoint, image_classifier, row_causal, vq
-from models.errors import check_choice
+from models import enat, files, hf_checkpoint, image_classifier, row_causal, vq
+from models.enat import ENATConfig
+from models.errors import InputError, check_choice
 from models.image_classifier import ClassifierConfig
 from models.row_causal import ResamplerConfig
 from models.vq import VQConfig
@@ -23,7 +25,9 @@ from training import (
     image_batches,
     image_language_model,
     image_samplers,
+    image_tokens,
     loop,
+    masked_image,
     metric_writers,
     vq_tokenizer,
 )
@@ -38,6 +42,8 @@ from training.optimizers import OptimizerConfig
 
 # Part of every hash. Raise it when a change of code changes what the same recipe trains.
 CODE_VERSION = 1
+# Of the validation split, at an evaluation of a masked model.
+_EVAL_BATCHES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +103,41 @@ def _sampler(direction: str, small: int, large: int, objective: str, steps: int)
     return SamplerModel(ImageData(sizes=(small, large)), train, "digits_vq32")
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskedImageModel:
+    """The recipe of a masked model of image tokens: ENAT or the uniform network.
+
+    Attributes:
+      data: labelled images of one size.
+      train: the run.
+      tokenizer: the tokeniser, by its name in `RECIPES` or as a directory.
+      flip: train on mirror images too.
+    """
+
+    data: ImageData
+    train: masked_image.TrainConfig
+    tokenizer: str = "digits_vq32"
+    flip: bool = False
+
+    @property
+    def parents(self) -> dict[str, str]:
+        return {"tokenizer": self.tokenizer}
+
+
+def _digits_masked(encoder: int, decoder: int, **more: Any) -> MaskedImageModel:
+    return MaskedImageModel(
+        ImageData(sizes=(32,)),
+        masked_image.TrainConfig(
+            model=ENATConfig(embed_dim=64, encoder_layers=encoder, decoder_layers=decoder, **more),
+            run=RunConfig(num_steps=2000, batch_size=32, eval_every=500, checkpoint_every=500),
+            optimizer=OptimizerConfig(
+                learning_rate=2e-3, warmup_steps=100, weight_decay=0.03, beta2=0.99
+            ),
+            ema_decay=0.995,
+        ),
+    )
+
+
 RECIPES: dict[str, Any] = {
     # One codebook for the three sizes of the digits.
     "digits_vq32": VQModel(
@@ -129,6 +170,13 @@ RECIPES: dict[str, Any] = {
         for small, large in ((16, 32), (32, 64), (16, 64))
         for objective, suffix in (("pixels", ""), ("tokens", "_tokens"))
     },
+    # ENAT at three splits of six layers, the uniform network of as many layers, and the one whose
+    # sampling costs about as much as ENAT's without reuse.
+    "digits_enat_e5d1": _digits_masked(5, 1),
+    "digits_enat_e3d3": _digits_masked(3, 3),
+    "digits_enat_e1d5": _digits_masked(1, 5),
+    "digits_nat_l6": _digits_masked(6, 0, disentangled=False),
+    "digits_nat_l3": _digits_masked(3, 0, disentangled=False),
 }
 
 
@@ -283,10 +331,39 @@ def _make_sampler(chosen: SamplerModel, making: Making) -> loop.Result:
     return trained
 
 
+def _make_masked(chosen: MaskedImageModel, making: Making) -> loop.Result:
+    data, run, model = chosen.data, chosen.train.run, chosen.train.model
+    tokenizer, _ = vq.load(making.parents["tokenizer"])
+    given = (model.num_codes, model.num_tokens)
+    fitting = (tokenizer.codebook_size, (data.sizes[0] // tokenizer.factor) ** 2)
+    if given != fitting:
+        raise InputError(
+            f"train.model.num_codes, num_tokens: {given} must be {fitting}, of {chosen.tokenizer} "
+            f"at {data.sizes[0]} pixels"
+        )
+    train, held_out = (
+        image_tokens.ensure(
+            making.parents["tokenizer"], data, split, making.cache, flip=chosen.flip
+        )
+        for split in (data.train_split, data.eval_split)
+    )
+    trained = masked_image.train(
+        chosen.train,
+        train_batches=image_batches.train_batches([(train, run.batch_size)], seed=run.seed),
+        eval_batches=lambda: itertools.islice(
+            image_batches.in_order(held_out, run.batch_size), _EVAL_BATCHES
+        ),
+        **making.run,
+    )
+    enat.save(making.result, model, trained.state.ema)
+    return trained
+
+
 # How a recipe's model is made: trains it and saves it in `Making.result`.
 MAKERS: dict[type, Callable[[Any, Making], loop.Result]] = {
     VQModel: _make_vq,
     ClassifierModel: _make_classifier,
+    MaskedImageModel: _make_masked,
     ImageLanguageModel: _make_autoregressive,
     SamplerModel: _make_sampler,
 }
