@@ -32,14 +32,19 @@ _FRESH = flags.DEFINE_bool(
 # What a run leaves in its work directory, and all that --fresh removes.
 _OUTPUTS = (
     "config.json", "results.json", "report.html", "speed.png", "tensorboard", "metrics.jsonl",
+    "images.png",
 )  # fmt: skip
 
 
 def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
     """Kinds of experiment by the name that `config.experiment` gives."""
-    from experiments import comparison
+    from experiments import comparison, image_speculation, token_editing
 
-    return {"comparison": comparison.run}
+    return {
+        "comparison": comparison.run,
+        "image_speculation": image_speculation.run,
+        "token_editing": token_editing.run,
+    }
 
 
 def execute(config: ConfigDict, workdir: Path, *, fresh: bool = False) -> dict[str, Any]:
