@@ -115,3 +115,28 @@ def block_diffusion(positions: jnp.ndarray, key_positions: jnp.ndarray, block: i
     """
     keys = jnp.atleast_2d(key_positions)[:, None, :]
     return keys // block <= positions[..., None] // block
+
+
+def noisy_and_clean(
+    positions: jnp.ndarray, segment_ids: jnp.ndarray, block: int | jnp.ndarray
+) -> jnp.ndarray:
+    """Training of block diffusion on [x_t ; x_0], a noisy row and then its clean copy.
+
+    A noisy token sees its own noisy block and the clean blocks before it; a clean token sees clean
+    blocks up to its own. So one call scores every block as if its past were already decoded.
+    Arriola et al., 'Block Diffusion', arXiv 2503.09573, section 3.1. Nothing crosses segments.
+
+    Args:
+      positions: int [B, T], of both copies; blocks are aligned to position 0.
+      segment_ids: int [B, T]; segment 0 is padding.
+      block: tokens in a block; may be traced, so that a schedule compiles once.
+
+    Returns:
+      bool [B, 2 T, 2 T].
+    """
+    blocks = positions // block
+    queries, keys = blocks[:, :, None], blocks[:, None, :]
+    noisy = jnp.concatenate([queries == keys, keys < queries], axis=2)
+    clean = jnp.concatenate([jnp.zeros_like(noisy[:, :, : keys.shape[2]]), keys <= queries], axis=2)
+    doubled = jnp.tile(segment_ids, (1, 2))
+    return jnp.concatenate([noisy, clean], axis=1) & segments(doubled, doubled)

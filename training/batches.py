@@ -27,7 +27,7 @@ _MIN_PACKING_ROWS, _MAX_PACKING_ROWS = 16, 8192
 # each epoch, so that a corpus larger than memory can be read.
 _MAX_CACHED_TOKENS = 2**27
 _PACKED = ("tokens", "targets", "loss_mask", "target_bytes")
-_LOSS_ON = ("all", "response")
+LOSS_ON = ("all", "response")
 
 
 class Tokenizer(Protocol):
@@ -72,7 +72,7 @@ class TokenizedDocuments:
         *,
         loss_on: str = "all",
     ):
-        check_choice("loss_on", loss_on, _LOSS_ON)
+        check_choice("loss_on", loss_on, LOSS_ON)
         if not len(examples):
             raise InputError("examples: the data source has no examples")
         self._fields = ("text",) if loss_on == "all" else ("question", "solution")

@@ -27,7 +27,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 Batch = Mapping[str, np.ndarray]
 DeviceBatch = Mapping[str, jax.Array]
 
-# loss_fn(params, batch, key, frozen) -> (loss [], further metrics, each []).
+# loss_fn(params, batch, step [], frozen) -> (loss [], further metrics, each []).
 LossFn = Callable[[Any, DeviceBatch, jax.Array, Any], tuple[jax.Array, loop.Metrics]]
 
 # Noise of steps is drawn from another key than the initial parameters are.
@@ -144,9 +144,9 @@ def fit(
 
     Args:
       config: see `TrainConfig`.
-      loss_fn: of the parameters, a batch on the mesh, the step's key and `frozen`; to be
-        differentiated in the first. The key is one of (`config.seed`, step), so that a run that
-        was killed draws the same noise when it goes on.
+      loss_fn: of the parameters, a batch on the mesh, the step's number and `frozen`; to be
+        differentiated in the first. Noise is drawn from `step_key`, so that a run that was
+        killed goes on with the same.
       put: a batch of this process's rows onto the mesh.
       train_batches: endless iterator with `get_state` and `set_state`.
       evaluate: see `loop.run`.
@@ -210,7 +210,7 @@ def _copy(params: Any) -> Any:
 
 
 def step_key(config: TrainConfig, step: jax.Array) -> jax.Array:
-    """The key of everything random in one step."""
+    """The key of everything random in one step: of (`config.seed`, step)."""
     noise = jax.random.fold_in(jax.random.key(config.seed), _NOISE)
     return jax.random.fold_in(noise, step)
 
@@ -222,9 +222,8 @@ def update(
 
     The norm is of the gradient before clipping; the learning rate is the one of this step.
     """
-    key = step_key(config, state.step)
     (loss, more), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-        state.params, batch, key, frozen
+        state.params, batch, state.step, frozen
     )
     optimizer = optimizers.create(config.optimizer, config.num_steps)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

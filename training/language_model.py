@@ -89,11 +89,11 @@ def loss_fn(
     target_config: TransformerConfig | None,
     params: Any,
     batch: DeviceBatch,
-    key: jax.Array,
+    step: jax.Array,
     target_params: Any,
 ) -> tuple[jax.Array, loop.Metrics]:
-    """The mean over the tokens of `loss_mask`, in nats; nothing in it is random."""
-    del key
+    """The mean over the tokens of `loss_mask`, in nats."""
+    del step
     logits = _logits(fitting.compute_config(config), params, batch, remat=config.remat)
     if config.distillation is None:
         nats = losses.cross_entropy(logits, batch["targets"])

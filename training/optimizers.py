@@ -1,13 +1,25 @@
-"""AdamW with warm-up, cosine decay and clipping, as one configuration."""
+"""AdamW or Muon with warm-up, cosine decay and clipping, as one configuration."""
 
 import dataclasses
 from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
 from models.errors import InputError
 from models.sharding import path_string
+
+# How Muon reads matrices of several axes: path -> (axes of the input, axes of the output); queries,
+# keys and values are matrices of their own, as are gate and up. What is not here (norms, biases,
+# embeddings, experts, the logits' kernel) is left to AdamW, without weight decay.
+_MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "attention/qkv/kernel": ((0,), (1, 3)),
+    "attention/out/kernel": ((0, 1, 2), (3,)),
+    "mlp/gate_up/kernel": ((0,), (2,)),
+    "mlp/up/kernel": ((0,), (1,)),
+    "mlp/down/kernel": ((0,), (1,)),
+}
 
 # Parameters by these names are not pulled towards zero: norms, biases and lookup tables.
 UNDECAYED = ("scale", "bias", "embedding", "positions")
@@ -54,6 +66,30 @@ class OptimizerConfig:
                 raise InputError(f"optimizer.{field}: {getattr(self, field)} must be {allowed}")
 
 
+@dataclasses.dataclass(frozen=True)
+class MuonConfig(OptimizerConfig):
+    """Muon for the matrices inside blocks (Jordan et al. 2024), AdamW for the rest.
+
+    Its orthogonalised updates are scaled to the size that AdamW's have (Liu et al., 'Muon is
+    scalable for LLM training', arXiv 2502.16982, section 2.2), so that one learning rate serves
+    both.
+
+    Attributes:
+      momentum: of the gradient that is orthogonalised.
+      update_rms: root mean square of an update before the learning rate.
+    """
+
+    momentum: float = 0.95
+    update_rms: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"optimizer.momentum: {self.momentum} must be at least 0 and below 1")
+        if self.update_rms <= 0:
+            raise InputError(f"optimizer.update_rms: {self.update_rms} must be positive")
+
+
 def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate of batch number 0 .. num_steps - 1: linear warm-up, then a cosine."""
     updates = -(-num_steps // config.accumulate)
@@ -81,16 +117,50 @@ def create(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformat
     """The optimiser of a run of `num_steps` batches."""
     rate = schedule(config, num_steps)
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    adamw = optax.adamw(
-        # Counts updates, not batches.
-        lambda update: rate(update * config.accumulate),
+
+    def by_update(update: Any) -> Any:
+        return rate(update * config.accumulate)
+
+    main = _muon(config, by_update) if isinstance(config, MuonConfig) else _adamw(config, by_update)
+    chain = optax.chain(*clip, main)
+    if config.accumulate > 1:
+        return optax.MultiSteps(chain, config.accumulate).gradient_transformation()
+    return chain
+
+
+def _adamw(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        rate,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
         mask=decayed,
     )
-    chain = optax.chain(*clip, adamw)
-    if config.accumulate > 1:
-        return optax.MultiSteps(chain, config.accumulate).gradient_transformation()
-    return chain
+
+
+def _muon(config: MuonConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return contrib.muon(
+        rate,
+        beta=config.momentum,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decayed,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        eps=config.epsilon,
+        muon_weight_dimension_numbers=_dimension_numbers,
+        consistent_rms=config.update_rms,
+    )
+
+
+def _dimension_numbers(params: Any) -> Any:
+    """A tree like `params`: which axes Muon reads as rows and columns, None for AdamW."""
+
+    def one(path: tuple[Any, ...], _: Any) -> contrib.MuonDimensionNumbers | None:
+        name = path_string(path)
+        for ending, axes in _MATRICES.items():
+            if name.endswith(ending):
+                return contrib.MuonDimensionNumbers(*axes)
+        return None
+
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -13,6 +13,7 @@ from models import files
 from models.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"  # of masked diffusion models
 
 # What a merge may never cross, in order: a line's indentation; a word with the character
 # before it (a space, an underscore, a dot); one digit, so that numbers line up; punctuation
@@ -91,5 +92,7 @@ def save(tokenizer: tokenizers.Tokenizer, directory: str | os.PathLike[str]) -> 
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if tokenizer.token_to_id(MASK) is not None:
+        config["mask_token"] = MASK
     files.write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     files.write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")

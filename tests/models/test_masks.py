@@ -122,3 +122,22 @@ def test_block_diffusion(block):
     rows = np.random.default_rng(3).permuted(np.tile(keys, (B, 1)), axis=1)
     expected = loop(lambda b, t, s: rows[b, s] // block <= POSITIONS[b, t] // block)
     check(masks.block_diffusion(POSITIONS, rows, block), expected)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7])
+def test_noisy_and_clean_halves_of_block_diffusion(block):
+    positions = np.array([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2], [0, 1, 2, 0, 0]])
+    segments = np.array([[1, 1, 1, 1, 1], [1, 1, 2, 2, 2], [1, 1, 1, 0, 0]])
+
+    def sees(b, i, j):
+        (query_noisy, i), (key_noisy, j) = ((k < T, k % T) for k in (i, j))
+        if segments[b, i] != segments[b, j] or segments[b, i] == 0:
+            return False
+        query, key = positions[b, i] // block, positions[b, j] // block
+        if query_noisy:
+            return query == key if key_noisy else key < query
+        return not key_noisy and key <= query
+
+    expected = loop(sees, queries=2 * T, keys=2 * T)
+    check(masks.noisy_and_clean(positions, segments, block), expected)
+    check(masks.noisy_and_clean(positions, segments, jnp.int32(block)), expected)

@@ -29,11 +29,15 @@ class Level:
       steps: operations in an expression, each worked in a step of its own.
       digits: digits of the longest operand; a right factor always has one.
       operators: drawn from uniformly.
+      columns: a sum of two numbers of just `digits` digits, worked digit by digit from the right
+        as `left+right+carry=sum`, each sum of two digits. Every step needs few earlier tokens,
+        which small models learn soon.
     """
 
     steps: int
     digits: int
     operators: str
+    columns: bool = False
 
 
 LEVELS = {
@@ -42,6 +46,10 @@ LEVELS = {
     3: Level(steps=2, digits=2, operators="+-*"),
     4: Level(steps=3, digits=3, operators="+-*"),
     5: Level(steps=5, digits=3, operators="+-*"),
+    6: Level(steps=3, digits=3, operators="+", columns=True),
+    7: Level(steps=4, digits=4, operators="+", columns=True),
+    8: Level(steps=5, digits=5, operators="+", columns=True),
+    9: Level(steps=6, digits=6, operators="+", columns=True),
 }
 
 
@@ -73,11 +81,18 @@ def make_problem(rng: random.Random, level: int) -> dict[str, Any]:
     follows, and `answer` is a decimal integer. Multiplication binds tighter, as in Python.
     """
     spec = LEVELS[level]
-    operators = [rng.choice(spec.operators) for _ in range(spec.steps)]
-    operands = [_operand(rng, spec.digits)]
-    operands += [rng.randint(2, 9) if op == "*" else _operand(rng, spec.digits) for op in operators]
+    if spec.columns:
+        operators = ["+"]
+        operands = [rng.randint(10 ** (spec.digits - 1), 10**spec.digits - 1) for _ in range(2)]
+        steps, answer = _work_columns(*operands)
+    else:
+        operators = [rng.choice(spec.operators) for _ in range(spec.steps)]
+        operands = [_operand(rng, spec.digits)]
+        operands += [
+            rng.randint(2, 9) if op == "*" else _operand(rng, spec.digits) for op in operators
+        ]
+        steps, answer = _work(operands, operators)
     question = f"Question: {_expression(operands, operators)}{DELIMITER}"
-    steps, answer = _work(operands, operators)
     solution = DELIMITER.join([*steps, f"Answer: {answer}\n"])
     return {
         "question": question,
@@ -106,7 +121,7 @@ class Arithmetic(tfds.core.GeneratorBasedBuilder):
 
     Options:
       size: number of problems over all splits.
-      levels: difficulties, keys of `LEVELS`, in equal shares.
+      levels: difficulties, keys of `LEVELS`, in equal shares; 6 to 9 are sums by columns.
       seed: of the generator.
 
     Examples: see `make_problem`.
@@ -173,6 +188,17 @@ def _work(operands: list[int], operators: list[str]) -> tuple[list[str], int]:
             step += f", leaving {_expression(operands, operators)}"
         steps.append(f"Step {len(steps) + 1}: {step}")
     return steps, operands[0]
+
+
+def _work_columns(left: int, right: int) -> tuple[list[str], int]:
+    """The sum of each column from the right, and the value; as many digits in both numbers."""
+    steps: list[str] = []
+    carry = 0
+    for a, b in zip(reversed(str(left)), reversed(str(right)), strict=True):
+        total = int(a) + int(b) + carry
+        steps.append(f"{a}+{b}+{carry}={total:02d}")
+        carry = total // 10
+    return steps, left + right
 
 
 def _unseen_problem(rng: random.Random, level: int, seen: set[str], size: int) -> dict[str, Any]:
