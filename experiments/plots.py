@@ -96,9 +96,14 @@ def bars(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def acceptance(runs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Share of rounds in which a draft at each depth was accepted, one panel a temperature."""
+def acceptance(runs: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Share of rounds in which a draft at each depth was accepted, one panel a temperature.
+
+    None where nothing was drafted.
+    """
     drafted = [run for run in runs if run["acceptance_by_depth"]]
+    if not drafted:
+        return None
     first_batch = min(run["batch_size"] for run in runs)
     temperatures = sorted({run["temperature"] for run in drafted})
     figure, axes = _figure(len(temperatures))
@@ -202,7 +207,12 @@ def training_curves(models: Sequence[Mapping[str, Any]]) -> Figure | None:
     for i, model in enumerate(trained):
         colour = COLOURS[i % len(COLOURS)]
         train = [(p["step"], p["loss"]) for p in model["curve"]]
-        evals = [(p["step"], p["eval_bits_per_byte"]) for p in model["evaluations"]]
+        # Image models have no bytes.
+        evals = [
+            (p["step"], p["eval_bits_per_byte"])
+            for p in model["evaluations"]
+            if "eval_bits_per_byte" in p
+        ]
         if train:
             axes[0].plot(*zip(*train, strict=True), color=colour, label=model["role"])
         if evals:

@@ -102,9 +102,14 @@ def ratio_error(numerators: Sequence[float], denominators: Sequence[float]) -> f
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file as a whole or not at all. Raises InputError when the disk refuses."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`, for bytes such as a picture's."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, text)
+        files.write_bytes(path, content)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 

@@ -29,7 +29,11 @@ SWEEP_FILE = "sweep.json"
 _METRICS = {"tokens_per_target_call": "tokens per target call", "speedup": "speed-up"}
 _ERROR = "tokens_per_target_call_error"
 # What a method that is not lossless gives away for speed; 'exact_match' where answers are known.
-_QUALITY = {"exact_match": "exact match", "agreement": "tokens as plain decoding"}
+_QUALITY = {
+    "exact_match": "exact match",
+    "accuracy": "class accuracy",
+    "agreement": "tokens as plain decoding",
+}
 
 
 def settings(argument: str) -> list[ConfigDict]:
