@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,21 +11,14 @@ import PIL.ImageDraw
 _LABEL_WIDTH, _CELL, _GAP = 210, 56, 4
 
 
-def write(path: Path, rows: Sequence[tuple[str, np.ndarray, Any]], side: int) -> None:
-    """Writes a PNG.
+def png(rows: Sequence[tuple[str, np.ndarray, Any]], side: int) -> bytes:
+    """The picture as PNG.
 
     Args:
-      path: of the picture.
       rows: label, images float [n, H, W, C] in [0, 1], and which codes bool [>= n, side * side]
         were drawn again (tinted where that is some of them, not all); None for no tint.
       side: codes along a side of an image.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(rows, side))
-
-
-def png(rows: Sequence[tuple[str, np.ndarray, Any]], side: int) -> bytes:
-    """The picture's bytes; arguments as in `write`."""
     columns = max(len(images) for _, images, _ in rows)
     step = _CELL + _GAP
     sheet = PIL.Image.new("RGB", (_LABEL_WIDTH + columns * step, len(rows) * step + _GAP), "white")

@@ -18,7 +18,15 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from decoding.speculative import multi_scale
-from experiments import image_cost, image_methods, image_metrics, image_sheet, results, timing
+from experiments import (
+    image_cost,
+    image_methods,
+    image_metrics,
+    image_sheet,
+    pictures,
+    results,
+    timing,
+)
 from experiments.image_methods import Decoder, Models, build, draw, work_means
 from models import files, vq
 from models.errors import InputError
@@ -88,11 +96,14 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     _time(config, models, entries, built, records)
     curves = _curves(config, models, judge, given)
     costs, cost_claims = image_cost.measure(config, models, records)
-    image_sheet.write(workdir / "images.png", sheet, models.target.side)
+    picture = image_sheet.png(sheet, models.target.side)
+    results.write_bytes(workdir / "images.png", picture)
+    title = "A class a column; red: what the target drew itself"
     return {
         "models": models.summaries,
         "runs": records,
         "samples": [],
+        "pictures": [{"title": title, "source": pictures.data_uri(picture, "png")}],
         "claims": _claims(config, records, curves) + cost_claims,
         "figures": _figures(curves),
         "curves": curves,

@@ -18,6 +18,7 @@ from experiments.image_methods import method
 from experiments.image_speculation import claim
 
 THRESHOLD, NEIGHBOURS, RADIUS = 0.1, 4, 1
+LOCAL, BARE, ISLANDS = "MuLo-SD, l=1", "MuLo-SD, l=0", "MuLo-SD, l=1, islands"
 # Preset: pixels of the target, pixels of the drafter.
 OFFLINE = {"offline": (32, 16), "offline64": (64, 32), "offline64x4": (64, 16)}
 
@@ -51,8 +52,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.decode.top_k = 0
     config.decode.top_p = 1.0
     config.decode.guidance = 2.0
-    config.decode.num_timed = 6
-    config.decode.repeats = 3
+    config.decode.num_timed = 3
+    config.decode.repeats = 4
     config.thresholds = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.1)
     if preset not in OFFLINE:
         config.models.update(
@@ -70,6 +71,14 @@ def get_config(preset: str = "") -> ConfigDict:
         _local("local, l=2", radius=2),
     )
     config.claims = claims()
+    if preset.startswith("offline64"):
+        # How the speed-up moves with resolution and factor: fewer methods, and the way between the
+        # grids that needs no training.
+        shown = ("plain", "exact speculation", "raster-scan rejection", LOCAL, BARE, ISLANDS)
+        config.models.update(up="", down="")
+        config.decode.methods = tuple(m for m in methods() if m.label in shown)
+        config.quality.num_images = 100
+        config.curves = ()
     return config
 
 
@@ -82,10 +91,10 @@ def methods() -> tuple[ConfigDict, ...]:
         method("LANTERN's rule", "raster", THRESHOLD, rule="lantern", neighbours=11),
         method("ZipAR, w=4", "wavefront", width=4),
         method("ZipAR, w=2", "wavefront", width=2),
-        _local("MuLo-SD, l=0", radius=0),
-        _local("MuLo-SD, l=1"),
+        _local(BARE, radius=0),
+        _local(LOCAL),
         _local("MuLo-SD, l=2", radius=2),
-        _local("MuLo-SD, l=1, islands", resampling="islands"),
+        _local(ISLANDS, resampling="islands"),
         _local("MuLo-SD, l=1, stale", refresh=False),
         _local("MuLo-SD, l=1, pixels", scaling="pixels"),
     )
@@ -93,9 +102,8 @@ def methods() -> tuple[ConfigDict, ...]:
 
 def claims() -> tuple[ConfigDict, ...]:
     """What the paper says of these, at one threshold."""
-    main, bare = "MuLo-SD, l=1", "MuLo-SD, l=0"
+    main, bare, islands = LOCAL, BARE, ISLANDS
     raster, exact = "raster-scan rejection", "exact speculation"
-    islands = "MuLo-SD, l=1, islands"
     calls, frechet = "tokens_per_target_call", "frechet"
     return (
         claim("local beats raster-scan rejection", calls, main, raster, at_least=1.0),
