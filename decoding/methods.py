@@ -8,7 +8,7 @@ from decoding.loop import Method
 from decoding.method_spec import Configs, MethodSpec, parse_value
 from decoding.sampling import SamplingConfig
 from decoding.speculative import aded, bild, chain_systems, token_recycling, tree_systems
-from decoding.unmasking import learn2pd, llada, llada21, window_diffusion
+from decoding.unmasking import ete, learn2pd, llada, llada21, window_diffusion
 from models.errors import InputError, check_choice, nearest
 
 METHODS: dict[str, MethodSpec] = {
@@ -25,6 +25,7 @@ METHODS: dict[str, MethodSpec] = {
     "token_recycling": token_recycling.SPEC,
     **llada.SPECS,
     **llada21.SPECS,
+    "ete": ete.SPEC,
     "learn2pd": learn2pd.SPEC,
     "window_diffusion": window_diffusion.SPEC,
 }

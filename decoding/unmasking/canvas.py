@@ -94,6 +94,7 @@ class View(struct.PyTreeNode):
       step, calls: int32 [B], as in `Progress`.
       active: bool [B].
       keys: row keys [B].
+      memory: what the selector keeps, for policies that try what it proposes.
     """
 
     tokens: jnp.ndarray
@@ -107,6 +108,7 @@ class View(struct.PyTreeNode):
     calls: jnp.ndarray
     active: jnp.ndarray
     keys: jax.Array
+    memory: Any = ()
 
     @property
     def index(self) -> jnp.ndarray:
@@ -156,4 +158,10 @@ def look(state: DecodeState, schedule: Schedule, mask_id: int) -> View:
         calls=inner.calls,
         active=state.active,
         keys=state.keys,
+        memory=inner.memory,
     )
+
+
+def rewritten(view: View, tokens: jnp.ndarray, mask_id: int) -> View:
+    """The view of rows in which a policy has written something: tokens [B, S]."""
+    return view.replace(tokens=tokens, masked=view.masked & (tokens == mask_id))

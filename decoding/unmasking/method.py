@@ -84,6 +84,8 @@ def unmasking(
             view, sampling, mask_id, features=selector.features, filtered=filtered, adjust=adjust
         )
         call = policy.compute(params, view, inner.store, read)
+        if call.tokens is not None:
+            view = canvas.rewritten(view, call.tokens, mask_id)
         # A call that predicts nothing only writes a cache: no step, and it takes no noise.
         steps = call.served & call.prediction.known.any(axis=1)
         choice = selector.select(params, view, call.prediction, inner.memory)
@@ -100,7 +102,8 @@ def unmasking(
         if selector.edits:  # one block after the other, each with its own edits
             block = jnp.minimum(block, inner.block + 1)
         moved = block > inner.block
-        store = policy.update(call.store, view, write, moved)
+        refresh = moved if choice.refresh is None else moved | choice.refresh
+        store = policy.update(call.store, view, write, refresh)
         pending = jnp.zeros_like(stay) if policy.pending is None else policy.pending(store)
         settled, complete = first, None
         if selector.edits:
@@ -137,5 +140,5 @@ def unmasking(
         counters=(*selector.counters, *policy.counters, FULL_CALLS),
         lossless=False,
         canvas=Canvas(mask_id, schedule.length if schedule.absolute else 1, early_stop),
-        amounts=selector.amounts,
+        amounts=(*selector.amounts, *policy.amounts),
     )

@@ -32,7 +32,9 @@ class Call(struct.PyTreeNode):
       calls: int32 [B], model calls.
       positions: int32 [B], tokens that the model was run on.
       full: int32 [B], those of the calls that were on the whole canvas.
-      extra: amounts for the policy's own work counters, int32 [B] each.
+      extra: amounts for the policy's own work counters, [B] each.
+      tokens: int32 [B, S], the rows as they are when the policy itself has written something;
+        None otherwise.
     """
 
     store: Any
@@ -42,6 +44,7 @@ class Call(struct.PyTreeNode):
     positions: jnp.ndarray
     full: jnp.ndarray
     extra: dict[str, jnp.ndarray] = struct.field(default_factory=dict)
+    tokens: jnp.ndarray | None = None
 
 
 class Policy(NamedTuple):
@@ -52,10 +55,11 @@ class Policy(NamedTuple):
       prefill: (params, store, tokens [B, P], lengths [B]) -> store.
       compute: (params, view, store, read) -> Call.
       update: (store, view, write bool [B, S], moved bool [B]) -> store after the round; `moved`
-        are the rows that go on to another block.
+        are the rows that go on to another block, or that the selector wants refreshed.
       counters: names of its own work counters.
       pending: store -> bool [B], rows whose blocks before the current one have a call to come;
         they are not done until then. None if there are no such calls.
+      amounts: names of those of its work counters that are not whole numbers.
     """
 
     init: Callable[[int, int], Any]
@@ -64,6 +68,7 @@ class Policy(NamedTuple):
     update: Callable[[Any, View, jnp.ndarray, jnp.ndarray], Any]
     counters: tuple[str, ...] = ()
     pending: Callable[[Any], jnp.ndarray] | None = None
+    amounts: tuple[str, ...] = ()
 
 
 def no_prefill(params: ModelParams, store: Any, tokens: jnp.ndarray, lengths: jnp.ndarray) -> Any:

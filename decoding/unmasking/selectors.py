@@ -31,6 +31,8 @@ class Choice(struct.PyTreeNode):
       extra: amounts for the selector's own work counters, [B] each.
       sure: bool [B, S], those of `write` that the rule would write at any time, and not only
         because something must be; None where a rule makes no difference.
+      refresh: bool [B], rows whose caches are to be computed anew as if they had moved to another
+        block; None for none.
     """
 
     write: jnp.ndarray
@@ -39,6 +41,7 @@ class Choice(struct.PyTreeNode):
     memory: Any
     extra: dict[str, jnp.ndarray]
     sure: jnp.ndarray | None = None
+    refresh: jnp.ndarray | None = None
 
 
 class Selector(NamedTuple):
