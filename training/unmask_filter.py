@@ -113,7 +113,7 @@ def train(
     config: FilterTraining,
     records: Records,
     *,
-    workdir: str | os.PathLike[str],
+    workdir: str | pathlib.Path,
     identity: Mapping[str, Any] | None = None,
     description: str = "filter",
 ) -> loop.Result:
@@ -293,7 +293,8 @@ def ensure(
         depth = chosen.training.depth
         learned_filter.save(result, FilterConfig(chosen.block_length, depth), params)
         test = split(records, chosen.training.split_by, chosen.training.seed)["test"]
-        score = np.asarray(jax.nn.sigmoid(learned_filter.apply(params, test.confidence)))
+        logits = learned_filter.apply(params, jnp.asarray(test.confidence))
+        score = np.asarray(jax.nn.sigmoid(logits))
         summary = {
             **dataclasses.asdict(chosen),
             **identity,
@@ -354,7 +355,9 @@ def records_of(
 
 
 def _documents(source: Source, cache: pathlib.Path) -> registry.Examples:
-    own = {"data_dir": cache / "datasets"} if source.dataset in registry.BUILDERS else {}
+    own: dict[str, Any] = (
+        {"data_dir": cache / "datasets"} if source.dataset in registry.BUILDERS else {}
+    )
     found = registry.load(source.dataset, source.split, **own, **dict(source.options))
     if len(found) < source.num_prompts:
         raise InputError(

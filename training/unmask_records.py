@@ -102,13 +102,10 @@ def collect(
         log: greedy_oracle.Log = jax.device_get(state.inner.memory)
         for row in range(len(dict.fromkeys(numbers))):
             count = log.count[row]
-            kept = (log.confidence, log.correct, log.masked, log.step)
-            found.append(
-                Records(
-                    *(values[row, :count] for values in kept),
-                    prompt=np.full(count, numbers[row], np.int32),
-                )
-            )
+            fields = (log.confidence, log.correct, log.masked, log.step)
+            confidence, correct, masked, step = (np.asarray(f)[row, :count] for f in fields)
+            prompt = np.full(count, numbers[row], np.int32)
+            found.append(Records(confidence, correct, masked, step, prompt))
     found.sort(key=lambda records: records.prompt[0])
     return Records(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
