@@ -172,6 +172,20 @@ class TransformerConfig:
     def compute_dtype(self) -> Any:
         return DTYPES[self.dtype]
 
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of a head that rotary positions turn; even."""
+        return self.head_dim
+
+    @property
+    def expert_dim(self) -> int:
+        """Inner width of an expert."""
+        return self.mlp_dim
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether `layer` has experts."""
+        return self.num_experts > 0
+
     def is_local(self, layer: int) -> bool:
         """Whether `layer` attends within `window` only."""
         return bool(self.local_layers) and self.local_layers[layer]
@@ -200,3 +214,83 @@ class TransformerConfig:
         embed = self.vocab_size * D * (1 if self.tie_embeddings else 2)
         table = (self.max_position + self.position_offset) * D * (self.positions == "learned")
         return embed + table + self.num_layers * layer + norm
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedExpertsConfig(TransformerConfig):
+    """A Transformer with group-limited sigmoid routing beside a shared expert (Ling 2.0, LLaDA2).
+
+    `mlp_dim` is the inner width of the layers without experts. The routing is that of DeepSeek-V3
+    (arXiv 2412.19437, section 2.1.2).
+
+    Attributes:
+      rotary_share: share of a head's dimensions that rotary positions turn, the leading ones.
+      dense_layers: layers without experts, the first ones.
+      routed_dim: inner width of an expert.
+      shared_dim: inner width of the expert that every token goes through; 0 for none.
+      expert_groups: groups of equally many experts, in order.
+      groups_per_token: groups that a token may choose from: those with the largest sum of their
+        two best scores.
+      routed_scale: multiplies weights that sum to one.
+    """
+
+    rotary_share: float = 1.0
+    dense_layers: int = 0
+    routed_dim: int = 0
+    shared_dim: int = 0
+    expert_groups: int = 1
+    groups_per_token: int = 1
+    routed_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_experts < 1 or self.routed_dim < 1:
+            raise InputError(
+                f"num_experts, routed_dim: {self.num_experts}, {self.routed_dim} must be at least 1"
+            )
+        if not 0 < self.rotary_share <= 1 or self.rotary_dim % 2 or not self.rotary_dim:
+            raise InputError(
+                f"rotary_share: {self.rotary_share} must make an even number of the "
+                f"{self.head_dim} dimensions of a head"
+            )
+        if not 0 <= self.dense_layers <= self.num_layers:
+            raise InputError(
+                f"dense_layers: {self.dense_layers} must be between 0 and {self.num_layers}"
+            )
+        if self.expert_groups < 1 or self.num_experts % self.expert_groups:
+            raise InputError(
+                f"expert_groups: {self.expert_groups} must divide num_experts {self.num_experts}"
+            )
+        if not 1 <= self.groups_per_token <= self.expert_groups:
+            raise InputError(
+                f"groups_per_token: {self.groups_per_token} must be between 1 and expert_groups "
+                f"{self.expert_groups}"
+            )
+        choice = self.groups_per_token * self.num_experts // self.expert_groups
+        if self.experts_per_token > choice:
+            raise InputError(
+                f"experts_per_token: {self.experts_per_token} must be at most the {choice} experts "
+                "of a token's groups"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rotary_share)
+
+    @property
+    def expert_dim(self) -> int:
+        return self.routed_dim
+
+    def is_routed(self, layer: int) -> bool:
+        return layer >= self.dense_layers
+
+    def num_params(self) -> int:
+        dense = self.without_experts().num_params()
+        D, E = self.embed_dim, self.num_experts
+        routed = D * E + E + 3 * D * (E * self.routed_dim + self.shared_dim)
+        return dense + (self.num_layers - self.dense_layers) * (routed - 3 * D * self.mlp_dim)
+
+    def without_experts(self) -> TransformerConfig:
+        """The same sizes with a dense network in every layer."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig)}
+        return TransformerConfig(**fields | {"num_experts": 0, "experts_per_token": 0})

@@ -5,6 +5,7 @@ tensor is called and how it is laid out is `models.hf_names`.
 """
 
 import functools
+import itertools
 import math
 import os
 import shutil
@@ -129,7 +130,9 @@ def _checked_table(
     fused = any(name.endswith("experts.gate_up_proj") for name in reader.tensors)
     table = hf_names.table(config, fused_experts=fused)
     expected = {
-        names(piece.name): piece.shape for parameter in table.values() for piece in parameter.pieces
+        names(piece.name): piece.tensor_shape
+        for parameter in table.values()
+        for piece in parameter.pieces
     }
     tensors, where = reader.tensors, reader.directory
     extra = [n for n in tensors if n not in expected and not _ignorable(n, config, names)]
@@ -272,17 +275,23 @@ def save(
     def on_host(path: hf_names.Path) -> np.ndarray:
         return np.asarray(flat[path])
 
-    def make(path: hf_names.Path, piece: hf_names.Piece, stored_as: np.dtype) -> np.ndarray:
-        array = np.empty(piece.shape, stored_as)
-        _copy(array.reshape(piece.factors), hf_names.to_stored(piece, on_host(path)))
+    def make(
+        path: hf_names.Path, pieces: tuple[hf_names.Piece, ...], stored_as: np.dtype
+    ) -> np.ndarray:
+        array = np.empty(pieces[0].tensor_shape, stored_as)
+        for piece in pieces:
+            rows = array[piece.first_row : piece.first_row + piece.shape[0]]
+            _copy(rows.reshape(piece.factors), hf_names.to_stored(piece, on_host(path)))
         return array
 
     tensors = []
     for path, parameter in table.items():
         stored_as = np.dtype(DTYPES[dtype]) if dtype else np.dtype(flat[path].dtype)
-        for piece in parameter.pieces:
-            maker = functools.partial(make, path, piece, stored_as)
-            tensors.append(safetensors_io.TensorToWrite(piece.name, piece.shape, stored_as, maker))
+        for name, group in itertools.groupby(parameter.pieces, key=lambda piece: piece.name):
+            pieces = tuple(group)
+            maker = functools.partial(make, path, pieces, stored_as)
+            shape = pieces[0].tensor_shape
+            tensors.append(safetensors_io.TensorToWrite(name, shape, stored_as, maker))
     with safetensors_io.replacing(directory) as work:
         safetensors_io.write(work, tensors, max_shard_bytes)
         safetensors_io.write_json(work / "config.json", fields)

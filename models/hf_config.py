@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from models import hf_fields as hf
-from models.config import RopeConfig, TransformerConfig
+from models.config import GroupedExpertsConfig, RopeConfig, TransformerConfig
 from models.errors import InputError, check_choice
 from models.hf_defaults import DEFAULTS
 
@@ -25,14 +25,15 @@ _ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "opt": "OPTForCausalLM",
     "llada": "LLaDAModelLM",
+    "llada2_moe": "LLaDA2MoeModelLM",
 }
 # Fields that change the architecture in a way that no TransformerConfig expresses, with the
 # values that leave it alone.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "use_bidirectional_attention": (None, False),
-    "partial_rotary_factor": (None, 1.0),
 }
+_WHOLE_HEADS: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (None, 1.0)}
 _OPT_FIXED: dict[str, tuple[Any, ...]] = {
     "do_layer_norm_before": (True,),  # False: the post-norm 350m
     "_remove_final_layer_norm": (False,),
@@ -54,6 +55,15 @@ _LLADA_FIXED: dict[str, tuple[Any, ...]] = {
     "multi_query_attention": (None, False),
     "clip_qkv": (None,),
 }
+_LLADA2_FIXED: dict[str, tuple[Any, ...]] = {
+    "use_qk_norm": (True,),
+    "norm_head": (None, False),
+    "norm_topk_prob": (True,),
+    "score_function": (None, "sigmoid"),
+    "moe_router_enable_expert_bias": (True,),
+    "use_sliding_window": (None, False),
+    "rope_scaling": (None,),
+}
 
 
 def from_hf(raw: hf.Fields) -> TransformerConfig:
@@ -70,12 +80,13 @@ def from_hf(raw: hf.Fields) -> TransformerConfig:
     if not isinstance(family, str):
         raise InputError(f"model_type: {family!r} must be one of {', '.join(sorted(FAMILIES))}")
     check_choice("model_type", family, FAMILIES)
-    hf.check_fixed(raw, _FIXED)
+    hf.check_fixed(raw, _FIXED | ({} if family == "llada2_moe" else _WHOLE_HEADS))
     if family == "gemma3":
         family, raw = "gemma3_text", _text_fields(raw)
     fields = DEFAULTS[family] | raw
     kwargs = hf.special_tokens(fields) | _READERS[family](fields)
-    return TransformerConfig(family=family, **kwargs)
+    make = GroupedExpertsConfig if family == "llada2_moe" else TransformerConfig
+    return make(family=family, **kwargs)
 
 
 def to_hf(config: TransformerConfig) -> hf.Fields:
@@ -384,6 +395,58 @@ def _write_llada(config: TransformerConfig) -> hf.Fields:
     }
 
 
+def _read_llada2(fields: hf.Fields) -> hf.Fields:
+    """Ling 2.0's mixture of experts, in both directions (arXiv 2512.15745)."""
+    hf.check_fixed(fields, _LLADA2_FIXED)
+    own = {
+        "attention_bias": False,
+        "num_key_value_heads": hf.get(fields, "num_key_value_heads", int) or None,
+    }
+    routed = hf.need(fields, "moe_intermediate_size", int)
+    return _read_llama(fields | own) | {
+        "qkv_bias": hf.need(fields, "use_qkv_bias", bool),
+        "out_bias": hf.need(fields, "use_bias", bool),
+        "qk_norm": True,
+        "num_experts": hf.need(fields, "num_experts", int),
+        "experts_per_token": hf.need(fields, "num_experts_per_tok", int),
+        "causal": False,
+        "mask_token_id": hf.get(fields, "mask_token_id", int),
+        "rotary_share": hf.need(fields, "partial_rotary_factor", float),
+        "dense_layers": hf.need(fields, "first_k_dense_replace", int),
+        "routed_dim": routed,
+        "shared_dim": routed * (hf.get(fields, "num_shared_experts", int) or 0),
+        "expert_groups": hf.need(fields, "n_group", int),
+        "groups_per_token": hf.need(fields, "topk_group", int),
+        "routed_scale": hf.need(fields, "routed_scaling_factor", float),
+    }
+
+
+def _write_llada2(config: TransformerConfig) -> hf.Fields:
+    if not isinstance(config, GroupedExpertsConfig):
+        raise InputError("family: 'llada2_moe' is for models with grouped experts")
+    written = {name: allowed[0] for name, allowed in _LLADA2_FIXED.items()}
+    llama = _without(_write_llama(config), "attention_bias", "mlp_bias")
+    return (
+        llama
+        | written
+        | {
+            "use_qkv_bias": config.qkv_bias,
+            "use_bias": config.out_bias,
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "mask_token_id": config.mask_token_id,
+            "partial_rotary_factor": config.rotary_share,
+            "first_k_dense_replace": config.dense_layers,
+            "moe_intermediate_size": config.routed_dim,
+            "num_shared_experts": config.shared_dim // config.routed_dim,
+            "n_group": config.expert_groups,
+            "topk_group": config.groups_per_token,
+            "routed_scaling_factor": config.routed_scale,
+            "score_function": "sigmoid",
+        }
+    )
+
+
 def _without(fields: hf.Fields, *names: str) -> hf.Fields:
     return {name: value for name, value in fields.items() if name not in names}
 
@@ -399,6 +462,7 @@ _READERS: dict[str, Callable[[hf.Fields], hf.Fields]] = {
     "gemma3_text": _read_gemma3,
     "opt": _read_opt,
     "llada": _read_llada,
+    "llada2_moe": _read_llada2,
 }
 _WRITERS: dict[str, Callable[[TransformerConfig], hf.Fields]] = {
     "llama": _write_llama,
@@ -411,4 +475,5 @@ _WRITERS: dict[str, Callable[[TransformerConfig], hf.Fields]] = {
     "gemma3_text": _write_gemma3,
     "opt": _write_opt,
     "llada": _write_llada,
+    "llada2_moe": _write_llada2,
 }

@@ -101,6 +101,24 @@ _LLADA = {  # its own config class (GSAI-ML/LLaDA-8B-Base); sizes have no sensib
     "activation_type": "silu",
     "weight_tying": True,
 }
+_LLADA2 = {  # LLaDA2MoeConfig of inclusionAI/LLaDA2.X; sizes have no sensible default
+    "hidden_act": "silu",
+    "use_qkv_bias": False,
+    "use_bias": True,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 16384,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "eos_token_id": 156892,
+    "pad_token_id": 156892,
+    "mask_token_id": 156895,
+    "num_shared_experts": 0,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 0,
+    "routed_scaling_factor": 2.5,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _MISTRAL,
@@ -112,4 +130,5 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": _GEMMA3,
     "opt": _OPT,
     "llada": _LLADA,
+    "llada2_moe": _LLADA2,
 }

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.config import TransformerConfig
+from models.config import GroupedExpertsConfig, TransformerConfig
 
 Path = tuple[str, ...]
 Index = tuple[slice, ...]
@@ -67,7 +67,32 @@ _LLADA = _LLAMA | {
     "final_norm": "model.transformer.ln_f",
     "head": "model.transformer.ff_out.weight",
 }
-_NAMES = {"gemma2": _GEMMA2, "gemma3_text": _GEMMA2, "opt": _OPT, "llada": _LLADA}
+_LLADA2 = _LLAMA | {
+    "embed": "model.word_embeddings.weight",
+    "query": "attention.query_key_value",
+    "key": "attention.query_key_value",
+    "value": "attention.query_key_value",
+    "out": "attention.dense",
+    "query_norm": "attention.query_layernorm",
+    "key_norm": "attention.key_layernorm",
+    "router": "mlp.gate",
+    "router_bias": "mlp.gate.expert_bias",
+    "expert": "mlp.experts.{}.",
+    "shared_gate": "mlp.shared_experts.gate_proj",
+    "shared_up": "mlp.shared_experts.up_proj",
+    "shared_down": "mlp.shared_experts.down_proj",
+}
+_NAMES = {
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "opt": _OPT,
+    "llada": _LLADA,
+    "llada2_moe": _LLADA2,
+}
+# Gate, up and down of an expert; Mixtral's names unless the family has others.
+_EXPERT_PARTS = {"llada2_moe": ("gate_proj", "up_proj", "down_proj")}
+# Families that store queries, keys and values as one tensor, in this order.
+_FUSED_QKV = ("llada2_moe",)
 
 # What stands in the wild for the 'model.' of the tables above, and before the head's name:
 # nothing in a bare backbone, the last two in multimodal checkpoints.
@@ -81,7 +106,7 @@ PREFIXES = (
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One checkpoint tensor and the block of a parameter that it fills.
+    """A checkpoint tensor, or rows of one, and the block of a parameter that it fills.
 
     Attributes:
       name: the tensor.
@@ -95,11 +120,18 @@ class Piece:
     split: tuple[tuple[int, ...], ...]
     order: tuple[int, ...]
     offset: tuple[int, ...]
+    first_row: int = 0
+    num_rows: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's shape in the checkpoint."""
+        """The shape of the piece in the checkpoint."""
         return tuple(math.prod(factors) for factors in self.split)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self.shape if self.num_rows is None else (self.num_rows, *self.shape[1:])
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -137,7 +169,7 @@ def table(config: TransformerConfig, *, fused_experts: bool = False) -> dict[Pat
     for layer in range(config.num_layers):
         prefix = names["layer"].format(layer)
         full = {k: prefix + v for k, v in names.items() if k not in ("embed", "head", "layer")}
-        for path, parameter in _block(config, full, fused_experts).items():
+        for path, parameter in _block(config, full, config.is_routed(layer), fused_experts).items():
             found[(f"layers_{layer}", *path)] = parameter
     found |= _norm(config, "final_norm", names["final_norm"])
     if not config.tie_embeddings:
@@ -146,7 +178,7 @@ def table(config: TransformerConfig, *, fused_experts: bool = False) -> dict[Pat
 
 
 def _block(
-    config: TransformerConfig, names: dict[str, str], fused_experts: bool
+    config: TransformerConfig, names: dict[str, str], routed: bool, fused_experts: bool
 ) -> dict[Path, Parameter]:
     found: dict[Path, Parameter] = {}
     found |= _norm(config, "attention_norm", names["attention_norm"])
@@ -154,11 +186,11 @@ def _block(
     if config.post_norms:
         found |= _norm(config, "post_attention_norm", names["post_attention_norm"])
     found |= _norm(config, "mlp_norm", names["mlp_norm"])
-    if config.num_experts:
+    if routed:
         experts = _fused_experts if fused_experts else _experts
         found |= {("moe", *path): p for path, p in experts(config, names).items()}
     else:
-        found |= {("mlp", *path): p for path, p in _mlp(config, names).items()}
+        found |= {("mlp", *path): p for path, p in _mlp(config, names, config.mlp_dim).items()}
     if config.post_norms:
         found |= _norm(config, "post_mlp_norm", names["post_mlp_norm"])
     return found
@@ -175,12 +207,19 @@ def _attention(config: TransformerConfig, names: dict[str, str]) -> dict[Path, P
     """qkv.kernel [D, K, G + 2, H] holds each group's queries, then its key, then its value."""
     D, K, G, H = config.embed_dim, config.num_kv_heads, config.queries_per_kv, config.head_dim
     slots = (("query", G, 0), ("key", 1, G), ("value", 1, G + 1))
+    fused = config.family in _FUSED_QKV
+
+    def rows(at: int) -> dict[str, int]:
+        """Where a part begins in a tensor that holds all queries, then all keys, then values."""
+        return {"first_row": K * at * H, "num_rows": K * (G + 2) * H} if fused else {}
+
     kernel = tuple(
-        Piece(f"{names[k]}.weight", ((K, n, H), (D,)), (3, 0, 1, 2), (0, 0, at, 0))
+        Piece(f"{names[k]}.weight", ((K, n, H), (D,)), (3, 0, 1, 2), (0, 0, at, 0), **rows(at))
         for k, n, at in slots
     )
     bias = tuple(
-        Piece(f"{names[k]}.bias", ((K, n, H),), (0, 1, 2), (0, at, 0)) for k, n, at in slots
+        Piece(f"{names[k]}.bias", ((K, n, H),), (0, 1, 2), (0, at, 0), **rows(at))
+        for k, n, at in slots
     )
     out = Piece(f"{names['out']}.weight", ((D,), (K, G, H)), (1, 2, 3, 0), (0, 0, 0, 0))
     found: dict[Path, Parameter] = {("qkv", "kernel"): Parameter((D, K, G + 2, H), kernel)}
@@ -195,9 +234,15 @@ def _attention(config: TransformerConfig, names: dict[str, str]) -> dict[Path, P
     return found
 
 
-def _mlp(config: TransformerConfig, names: dict[str, str]) -> dict[Path, Parameter]:
-    """gate_up.kernel [D, 2, F] holds the gate's columns, then those it multiplies."""
-    D, F = config.embed_dim, config.mlp_dim
+def _mlp(
+    config: TransformerConfig, names: dict[str, str], width: int, prefix: str = ""
+) -> dict[Path, Parameter]:
+    """gate_up.kernel [D, 2, F] holds the gate's columns, then those it multiplies.
+
+    F is `width`, and the names are those of `prefix`.
+    """
+    D, F = config.embed_dim, width
+    names = {name: names[prefix + name] for name in ("gate", "up", "down")}
     found: dict[Path, Parameter] = {}
     if config.gated_mlp:
         both = (names["gate"], names["up"])
@@ -220,8 +265,9 @@ def _mlp(config: TransformerConfig, names: dict[str, str]) -> dict[Path, Paramet
 
 
 def _experts(config: TransformerConfig, names: dict[str, str]) -> dict[Path, Parameter]:
-    """Mixtral's w1 (gate), w3 (up) and w2 (down), each expert's on its own."""
-    D, F, E = config.embed_dim, config.mlp_dim, config.num_experts
+    """Gate, up and down of each expert on its own; and what every token goes through."""
+    D, F, E = config.embed_dim, config.expert_dim, config.num_experts
+    gate, up, last = _EXPERT_PARTS.get(config.family, ("w1", "w3", "w2"))
     gate_up = tuple(
         Piece(
             f"{names['expert'].format(e)}{name}.weight",
@@ -230,17 +276,23 @@ def _experts(config: TransformerConfig, names: dict[str, str]) -> dict[Path, Par
             (e, 0, i, 0),
         )
         for e in range(E)
-        for i, name in enumerate(("w1", "w3"))
+        for i, name in enumerate((gate, up))
     )
     down = tuple(
-        Piece(f"{names['expert'].format(e)}w2.weight", ((1, D), (F,)), (0, 2, 1), (e, 0, 0))
+        Piece(f"{names['expert'].format(e)}{last}.weight", ((1, D), (F,)), (0, 2, 1), (e, 0, 0))
         for e in range(E)
     )
-    return {
+    found: dict[Path, Parameter] = {
         ("router", "kernel"): _transposed(f"{names['router']}.weight", E, D),
         ("gate_up", "kernel"): Parameter((E, D, 2, F), gate_up),
         ("down", "kernel"): Parameter((E, F, D), down),
     }
+    if isinstance(config, GroupedExpertsConfig):
+        found["router_bias",] = _same(names["router_bias"], E)
+        if config.shared_dim:
+            shared = _mlp(config, names, config.shared_dim, "shared_")
+            found |= {("shared_mlp", *path): p for path, p in shared.items()}
+    return found
 
 
 def _fused_experts(config: TransformerConfig, names: dict[str, str]) -> dict[Path, Parameter]:
@@ -298,12 +350,14 @@ def stored_index(piece: Piece, part: Index) -> Index:
     A range of an axis's leading factor is a contiguous range of the axis; the factors after it
     are read whole.
     """
-    found, first = [], 0
+    found: list[slice] = []
+    first = 0
     for factors in piece.split:
         lead = _lead(factors)
         inner = math.prod(factors[lead + 1 :])
         wanted = part[piece.order.index(first + lead)]
-        found.append(slice(wanted.start * inner, wanted.stop * inner))
+        row = 0 if found else piece.first_row
+        found.append(slice(row + wanted.start * inner, row + wanted.stop * inner))
         first += len(factors)
     return tuple(found)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from models import cache as kv
 from models import rope
 from models.attention import attend
-from models.config import TransformerConfig
+from models.config import GroupedExpertsConfig, TransformerConfig
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -132,12 +132,13 @@ class MLP(nn.Module):
     """Feed-forward network, gated (SwiGLU, GeGLU) or plain."""
 
     config: TransformerConfig
+    width: int = 0  # where it is not the config's
 
     @nn.compact
     def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
         config = self.config
         activation = _ACTIVATIONS[config.activation]
-        F, bias = config.mlp_dim, config.mlp_bias
+        F, bias = self.width or config.mlp_dim, config.mlp_bias
         if config.gated_mlp:
             both = Dense((2, F), use_bias=bias, name="gate_up")(x)
             gate, up = (part[..., 0, :] for part in jnp.split(both, 2, axis=-2))
@@ -164,34 +165,76 @@ class ExpertDense(nn.Module):
         return jax.lax.ragged_dot(rows, flat, groups).reshape(-1, *self.features)
 
 
+def grouped_top_k(
+    config: GroupedExpertsConfig, logits: jnp.ndarray, bias: jnp.ndarray
+) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Weights and experts of group-limited sigmoid routing (DeepSeek-V3, arXiv 2412.19437).
+
+    Args:
+      config: groups and scale.
+      logits: float32 [R, E].
+      bias: float32 [E], added to the scores for the choice alone; it balances the experts' load.
+
+    Returns:
+      float32 [R, k] and int32 [R, k].
+    """
+    E, groups = config.num_experts, config.expert_groups
+    scores = jax.nn.sigmoid(logits)
+    ranked = (scores + bias).reshape(-1, groups, E // groups)
+    two_best = jax.lax.top_k(ranked, min(2, E // groups))[0].sum(axis=-1)
+    kept = jax.lax.top_k(two_best, config.groups_per_token)[1]
+    inside = (kept[:, :, None] == jnp.arange(groups)).any(axis=1)
+    ranked = jnp.where(inside[:, :, None], ranked, -jnp.inf).reshape(-1, E)
+    experts = jax.lax.top_k(ranked, config.experts_per_token)[1]
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if config.experts_per_token > 1:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return weights * config.routed_scale, experts
+
+
 class MoE(nn.Module):
-    """Token-choice mixture of gated experts (Mixtral): softmax over the chosen top-k logits."""
+    """Token-choice mixture of gated experts.
+
+    Mixtral: softmax over the chosen top-k logits. `GroupedExpertsConfig`: `grouped_top_k`, and an
+    expert that every token goes through.
+    """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
         config = self.config
-        E, k = config.num_experts, config.experts_per_token
-        logits = Dense((E,), name="router")(x).astype(jnp.float32).reshape(-1, E)
+        E, k, F = config.num_experts, config.experts_per_token, config.expert_dim
+        grouped = config if isinstance(config, GroupedExpertsConfig) else None
+        # The published code routes in float32 where it has groups.
+        routed = x if grouped is None else x.astype(jnp.float32)
+        logits = Dense((E,), name="router")(routed).astype(jnp.float32).reshape(-1, E)
         tokens = x.reshape(-1, config.embed_dim)
-        chosen, experts = jax.lax.top_k(logits, k)
-        weights = jax.nn.softmax(chosen, axis=-1)
+        if grouped is None:
+            chosen, experts = jax.lax.top_k(logits, k)
+            weights = jax.nn.softmax(chosen, axis=-1)
+        else:
+            bias = self.param("router_bias", nn.initializers.zeros, (E,)).astype(jnp.float32)
+            weights, experts = grouped_top_k(grouped, logits, bias)
         # Tokens sorted by expert, so that each expert's product is one contiguous group.
         order = jnp.argsort(experts.reshape(-1), stable=True)
         groups = jnp.bincount(experts.reshape(-1), length=E).astype(jnp.int32)
-        both = ExpertDense(E, (2, config.mlp_dim), name="gate_up")(tokens[order // k], groups)
+        both = ExpertDense(E, (2, F), name="gate_up")(tokens[order // k], groups)
         inner = _ACTIVATIONS[config.activation](both[:, 0]) * both[:, 1]
         down = ExpertDense(E, (config.embed_dim,), _into_residual(config), name="down")
         outputs = down(inner, groups)
         outputs = outputs * weights.reshape(-1)[order, None].astype(x.dtype)
-        return jnp.zeros_like(tokens).at[order // k].add(outputs).reshape(x.shape)
+        mixed = jnp.zeros_like(tokens).at[order // k].add(outputs).reshape(x.shape)
+        if grouped is not None and grouped.shared_dim:
+            mixed = mixed + MLP(config, grouped.shared_dim, name="shared_mlp")(x)
+        return mixed
 
 
 class Block(nn.Module):
     """Attention and feed-forward network, each with residual and norms."""
 
     config: TransformerConfig
+    routed: bool
 
     @nn.compact
     def __call__(
@@ -209,7 +252,7 @@ class Block(nn.Module):
             y = Norm(config, name="post_attention_norm")(y)
         x = x + y
         y = Norm(config, name="mlp_norm")(x)
-        y = MoE(config, name="moe")(y) if config.num_experts else MLP(config, name="mlp")(y)
+        y = MoE(config, name="moe")(y) if self.routed else MLP(config, name="mlp")(y)
         if config.post_norms:
             y = Norm(config, name="post_mlp_norm")(y)
         return x + y, store

@@ -76,7 +76,13 @@ def angles(
 
 
 def rotate(x: jnp.ndarray, cos: jnp.ndarray, sin: jnp.ndarray) -> jnp.ndarray:
-    """Rotates each head of x [B, T, heads, H]; dimension i is paired with i + H / 2."""
+    """Rotates each head of x [B, T, heads, H]; dimension i is paired with i + H / 2.
+
+    With cos and sin for fewer than H / 2 pairs, these are of the leading dimensions alone.
+    """
+    if (width := 2 * cos.shape[-1]) < x.shape[-1]:
+        leading, rest = jnp.split(x, [width], axis=-1)
+        return jnp.concatenate([rotate(leading, cos, sin), rest], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -88,7 +88,10 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         block = nn.remat(Block) if self.remat else Block
         self.embedder = Embedder(self.config)
-        self.layers = [block(self.config) for _ in range(self.config.num_layers)]
+        self.layers = [
+            block(self.config, self.config.is_routed(layer))
+            for layer in range(self.config.num_layers)
+        ]
         self.final_norm = Norm(self.config)
         if not self.config.tie_embeddings:
             self.lm_head = Dense((self.config.vocab_size,), result_dtype=jnp.float32)
@@ -111,10 +114,10 @@ class Transformer(nn.Module):
         angles = local_angles = None
         local_mask = mask
         if config.positions == "rope":
-            angles = rope.angles(config.rope, config.head_dim, positions)
+            angles = rope.angles(config.rope, config.rotary_dim, positions)
             local_angles = angles
             if local and config.local_rope is not None:
-                local_angles = rope.angles(config.local_rope, config.head_dim, positions)
+                local_angles = rope.angles(config.local_rope, config.rotary_dim, positions)
         if local:
             assert config.window is not None
             local_mask = masks.within(mask, positions, key_positions, config.window)

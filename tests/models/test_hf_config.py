@@ -36,7 +36,7 @@ def test_absent_fields_mean_transformers_defaults(family):
 
 
 def test_every_family_has_a_default_test():
-    assert set(CLASSES) == set(DEFAULTS) - {"llada"}
+    assert set(CLASSES) == set(DEFAULTS) - {"llada", "llada2_moe"}
 
 
 @pytest.mark.parametrize("name", hf_fixtures.CASES)
@@ -278,7 +278,10 @@ def test_biases():
 REFUSED = [
     ({}, "model_type: None must be one of gemma, gemma2"),
     ({"model_type": "lama"}, "model_type: 'lama' is not known (did you mean 'llama'?); allowed:"),
-    ({"model_type": "bert"}, "allowed: gemma, gemma2, gemma3, gemma3_text, llada, llama"),
+    (
+        {"model_type": "bert"},
+        "allowed: gemma, gemma2, gemma3, gemma3_text, llada, llada2_moe, llama",
+    ),
     ({"model_type": "llama", "hidden_act": "mish"}, "hidden_act: 'mish' is not known"),
     (
         {"model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
