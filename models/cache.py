@@ -9,7 +9,8 @@ axis of size one XLA drops that axis before the attention products, and then cop
 at every write. All functions here and `attend` take both forms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +65,11 @@ def write(store: jnp.ndarray, update: jnp.ndarray, start: jnp.ndarray) -> jnp.nd
     """
     update = update.astype(store.dtype)
     if start.ndim == 2:
-        scatter = jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))
-        if store.ndim == 3:
-            return scatter(store[None], update, start)[0]
-        return scatter(store, update, start)
+        if store.ndim == 3:  # a mapped scatter would bring the row axis back, and a copy with it
+            return store.at[:, start[0]].set(update[0], mode="drop")
+        return jax.vmap(lambda row, new, at: row.at[:, at].set(new, mode="drop"))(
+            store, update, start
+        )
     if store.ndim == 3:
         return jax.lax.dynamic_update_slice(store, update[0], (0, start[0], 0))
     return jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice(row, new, (0, first, 0)))(
@@ -141,6 +143,32 @@ def unfold(cache: KVCache) -> KVCache:
         keys=tuple(store[None] for store in cache.keys),
         values=tuple(store[None] for store in cache.values),
     )
+
+
+def switch(
+    index: jnp.ndarray, branches: Sequence[Callable[[KVCache], tuple[KVCache, Any]]], cache: KVCache
+) -> tuple[KVCache, Any]:
+    """`jax.lax.switch` for branches that write a cache, which stay in place here.
+
+    XLA copies what a conditional's branches update, so each of them copied the whole cache; a
+    `while_loop` that runs once or not at all does not. See docs/performance.md.
+
+    Args:
+      index: int32 [], which branch to run.
+      branches: cache -> (cache, result), the results of one structure.
+      cache: what they start from.
+    """
+    result = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(branches[0], cache)[1]
+    )
+    carry = (jnp.zeros((), bool), cache, result)
+    for number, branch in enumerate(branches):
+
+        def once(carry: tuple, branch: Callable = branch) -> tuple:
+            return (jnp.zeros((), bool), *branch(carry[1]))
+
+        carry = jax.lax.while_loop(lambda c: c[0], once, (index == number, *carry[1:]))
+    return carry[1:]
 
 
 def layers(cache: KVCache, indices: Sequence[int]) -> KVCache:

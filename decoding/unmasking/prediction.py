@@ -1,5 +1,6 @@
 """What the model says about each position of the canvas: the token, and how sure it is."""
 
+import dataclasses
 from collections.abc import Callable, Collection
 
 import jax
@@ -56,7 +57,8 @@ def reader(
       mask_id: of the model.
       features: names of `FEATURES` to compute.
       filtered: confidence is the probability that the sampler gave the token (LLaDA 2), and not
-        the model's own, whatever the temperature and filters (LLaDA).
+        the model's own, whatever the temperature and filters (LLaDA); features are of the
+        filtered distribution too, at temperature 0 with its filters at temperature 1 (Dream).
       adjust: changes the logits before anything is read off them.
     """
 
@@ -76,7 +78,11 @@ def reader(
             tokens = jnp.argmax(own + noise, axis=-1).astype(jnp.int32)
             source = own if filtered else law
         confidence = jnp.exp(jnp.take_along_axis(source, tokens[..., None], axis=-1)[..., 0])
-        found = {name: _FEATURES[name](law, best) for name in features}
+        kept = law
+        if filtered and features:
+            warm = dataclasses.replace(sampling, temperature=sampling.temperature or 1.0)
+            kept = log_probs(logits, warm)
+        found = {name: _FEATURES[name](kept, best) for name in features}
         place = _placing(view, positions)
         known = place(jnp.ones_like(tokens, bool)) & (view.index < view.ends[:, None])
         return Prediction(

@@ -27,7 +27,7 @@ from models.errors import InputError, check_choice
 
 VARIANTS = ("llada", "dream")
 # The narrowest call that is compiled has room for a multiple of so many positions.
-_ROUND_TO = 8
+_ROUND_TO = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +329,7 @@ def windowed(
             refresh = (plan.full & view.active).any()
             which = jnp.where(refresh, len(widths), jnp.minimum(which, len(widths) - 1))
         cache = kv.truncate(store.cache, jnp.zeros_like(view.ends))
-        cache, prediction = jax.lax.switch(which, branches, cache)
+        cache, prediction = kv.switch(which, branches, cache)
         return Call(
             store=store.replace(cache=cache),
             prediction=prediction.replace(known=prediction.known & plan.known),

@@ -87,14 +87,25 @@ class Result:
 
 
 def unmask(
-    model: Model, prompt: Sequence[int], new: int, *, active: int, window: int, refresh: int, n: int
+    model: Model,
+    prompt: Sequence[int],
+    new: int,
+    *,
+    active: int,
+    window: int,
+    refresh: int,
+    n: int = 1,
+    slide: bool = True,
+    buffer: bool = True,
+    recompute: bool = True,
 ) -> Result:
-    """The LLaDA variant at temperature 0 (sheet 2.9)."""
+    """The LLaDA variant at temperature 0 (sheet 2.9), and what of it may be left out (2.8)."""
     mask = model.config.mask_token_id
     x = [*prompt, *[mask] * new]
     S, steps = len(x), -(-new // n)
     quota = [new // steps + (t < new % steps) for t in range(steps)]
     recent: list[int] = []
+    fixed: list[int] = []
     computed: list[int] = []
     seen: list[int] = []
     rows, gap = [], np.inf
@@ -118,11 +129,14 @@ def unmask(
         left = [i for i in range(len(prompt), S) if x[i] == mask]
         if full:
             seen = [i for i in range(S) if i not in left] + left[:window]
-            recent = []
-            computed = sorted(left[:active] + committed)
+            fixed, recent = left[:active], []
         else:
             recent += committed
-            computed = sorted(left[:active] + recent)
+        masks_now = left[:active] if slide else [i for i in fixed if i in left]
+        kept = (committed if full else recent) if recompute else []
+        computed = sorted(masks_now + kept)
+        if not buffer:
+            seen = [i for i in range(S) if i not in left] + masks_now
     return Result(x, rows, gap)
 
 
@@ -134,7 +148,7 @@ def unmask_dream(
     active: int,
     window: int,
     refresh: int,
-    n: int,
+    n: int = 1,
     shifted: bool = True,
     eos: int | None = None,
 ) -> Result:

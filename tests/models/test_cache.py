@@ -1,5 +1,7 @@
 """The cache's pure functions against NumPy loops over rows and slots."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +146,29 @@ def test_layers_selects_in_the_given_order():
         assert after[0] is before[1]
         assert after[1] is before[0]
     assert len(kv.layers(cache, [1]).keys) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids="{}_rows".format)
+def test_switch_is_that_of_lax_and_copies_no_cache(rows):
+    cache = filled([2] * rows)
+
+    def branch(amount):
+        def run(cache):
+            write = lambda s: kv.write(s, jnp.full((rows, K, 1, H), amount), at)  # noqa: E731
+            changed = cache.replace(keys=tuple(map(write, cache.keys)))
+            return changed, {"sum": amount * changed.keys[0].sum()}
+
+        return run
+
+    at = jnp.full((rows, 1), 5)
+    branches = [branch(float(amount)) for amount in range(3)]
+    for number in range(3):
+        mine = kv.switch(jnp.int32(number), branches, cache)
+        jax.tree.map(np.testing.assert_array_equal, mine, jax.lax.switch(number, branches, cache))
+
+    def loop(cache):
+        step = lambda i, cache: kv.switch(i % 3, branches, cache)[0]  # noqa: E731
+        return kv.unfold(jax.lax.fori_loop(0, 4, step, kv.fold(cache)))
+
+    text = jax.jit(loop, donate_argnums=0).lower(cache).compile().as_text()
+    assert not re.search(rf"f32\[[\d,]*{S},{H}\]\S* copy\(", text)
