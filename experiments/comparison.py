@@ -27,6 +27,7 @@ from experiments import (
     lossless,
     results,
     timing,
+    trained_parts,
     unmasking_trace,
 )
 from models.config import TransformerConfig
@@ -158,6 +159,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     held_out = held_out_prompts(config, models.tokenizer)
     prompts = held_out.ids
     store = corpus_store(config, models.tokenizer)
+    parts = trained_parts.filters(config)
     # Rows of equal length make the fairest times; answers end where they end.
     ends = None if config.decode.get("stop_at_eos") else ()
     stop = generation.stop_config(models.configs["target"], config.decode.max_new_tokens, ends)
@@ -174,11 +176,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             )
             for label, entry in entries.items()
         }
+        params = {
+            label: _as_target(models.params, entry) | parts.get(entry.get("filter"), {})
+            for label, entry in entries.items()
+        }
         for batch_size in config.decode.batch_sizes:
             runs = {
                 label: functools.partial(
                     timing.decode_all,
-                    _as_target(models.params, entries[label]),
+                    params[label],
                     prompts,
                     method,
                     stop,
@@ -204,7 +210,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 sample = _samples(models.tokenizer, prompts[0], temperature, texts)
                 sample["traces"] = {
                     label: unmasking_trace.record(
-                        _as_target(models.params, entries[label]), prompts[0], method, stop,
+                        params[label], prompts[0], method, stop,
                         models.tokenizer, seed=config.seed,
                     )
                     for label, method in built.items()
@@ -264,7 +270,7 @@ def _record(
             [row.stats["target_calls"] for row in rows],
         ),
         "acceptance_by_depth": total["acceptance_by_depth"],
-        "stats": {k: v for k, v in total.items() if not isinstance(v, float)},
+        "stats": {k: v for k, v in total.items() if k != "tokens_per_target_call"},
         "identical_rows": sum(
             a.token_ids == b.token_ids for a, b in zip(rows, baseline["result"], strict=True)
         ),

@@ -18,6 +18,8 @@ def comparison(name: str) -> ConfigDict:
     config.corpus = ConfigDict({"dataset": "", "split": "train", "slots": 2**19, "top": 12})
     config.corpus.builder_options = ConfigDict()
     config.corpus.text_field = ""
+    # Trained filters by name, for methods that ask for one; see `learned_filter`.
+    config.filters = ConfigDict()
 
     config.data = ConfigDict()
     config.data.dataset = "stdlib_code"
@@ -49,6 +51,7 @@ def method(
     hot: bool = False,
     corpus: bool = False,
     role: str = "target",
+    filter: str = "",
     **options: object,
 ) -> ConfigDict:
     """An entry of `config.decode.methods`.
@@ -59,6 +62,7 @@ def method(
       hot: what the method learns from a prompt serves the next.
       corpus: it begins with the store of `config.corpus`.
       role: which of `config.models` it decodes with as its target.
+      filter: which of `config.filters` it decodes with.
       options: the method's own.
     """
     return ConfigDict(
@@ -68,7 +72,29 @@ def method(
             "hot": hot,
             "corpus": corpus,
             "role": role,
+            "filter": filter,
             "options": options,
+        }
+    )
+
+
+def learned_filter(
+    *sources: dict[str, object], new_tokens: int, block_length: int, **training: object
+) -> ConfigDict:
+    """An entry of `config.filters`: what `training.unmask_filter` trains, on first use.
+
+    Args:
+      sources: fields of `training.unmask_filter.Source`, one kind of prompts each.
+      new_tokens: of a canvas.
+      block_length: of its blocks.
+      training: fields of `training.unmask_filter.FilterTraining`.
+    """
+    return ConfigDict(
+        {
+            "sources": sources,
+            "new_tokens": new_tokens,
+            "block_length": block_length,
+            "training": training,
         }
     )
 
