@@ -105,6 +105,16 @@ def measure(
             # As written, a resampled token costs what a token of plain decoding costs.
             "predicted": ratio(rho=calls / N),
             "predicted_with_own_call": ratio(rho=calls / N * own_call / target_call),
+            # Where reading the weights is what a call costs, as on accelerators at batch 1.
+            "bandwidth_bound": relative_time(
+                factor=r,
+                rows=rows,
+                side=n,
+                draft_call=1.0,
+                target_call=1.0,
+                window_pass=1.5,
+                rho=calls / N,
+            ),
         }
         lines.append(line)
         for name, text in (("predicted", "as written"), ("predicted_with_own_call", "calibrated")):

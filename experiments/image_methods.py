@@ -27,7 +27,7 @@ from models.errors import InputError, check_choice
 from training import base_models, image_models
 
 KINDS = ("plain", "wavefront", "local", "raster")
-SCALINGS = ("learned", "pixels")
+PIXELS = "pixels"
 _SUMMARY = ("eval_loss", "eval_bits_per_byte", "seconds", "curve", "evaluations")
 
 
@@ -39,7 +39,8 @@ def method(label: str, kind: str, threshold: float = 0.0, **options: Any) -> Con
       kind: 'plain' decoding; 'wavefront' (options width, first_row_serial); 'local' (those of
         `LocalConfig`) and 'raster' (those of `RasterConfig`), both with drafts from the small grid.
       threshold: of the test: tau, or delta.
-      options: and for 'local' and 'raster' `neighbours` (k), `rows` (m), `draft_width`, `scaling`.
+      options: and for 'local' and 'raster' `neighbours` (k), `rows` (m), `draft_width`, and
+        `scaling`: 'pixels', or the role of an up-sampler beside the one called 'down'.
     """
     return ConfigDict({"label": label, "kind": kind, "threshold": threshold, "options": options})
 
@@ -52,7 +53,7 @@ class Models:
       target, draft: image models of the two grids.
       params: of all, by role, and the nearest codes of each code.
       tokenizer: the architecture in `params['vq']`.
-      up, down: learned resamplers, or None where the config names none.
+      resamplers: architectures of learned ones, by role.
       classifier: with its parameters.
       summaries: what a report shows.
     """
@@ -61,8 +62,7 @@ class Models:
     draft: ImageSampler
     params: dict[str, Any]
     tokenizer: vq.VQConfig
-    up: row_causal.ResamplerConfig | None
-    down: row_causal.ResamplerConfig | None
+    resamplers: dict[str, row_causal.ResamplerConfig]
     classifier: tuple[image_classifier.ClassifierConfig, Any]
     summaries: list[dict[str, Any]]
 
@@ -95,8 +95,8 @@ def load_models(config: ConfigDict) -> Models:
             SamplingConfig(config.decode.temperature, config.decode.top_k, config.decode.top_p),
             config.decode.guidance,
         )
-    for role in ("up", "down"):
-        if role in found:
+    for role in found:
+        if role.startswith(("up", "down")):
             resamplers[role], params[role] = row_causal.load(found[role])
     for summary in summaries:
         leaves = jax.tree.leaves(params.get(summary["role"], ()))
@@ -106,25 +106,24 @@ def load_models(config: ConfigDict) -> Models:
         samplers["draft"],
         params,
         tokenizer,
-        resamplers.get("up"),
-        resamplers.get("down"),
+        resamplers,
         image_classifier.load(found["classifier"]),
         summaries,
     )
 
 
 def pair(models: Models, scaling: str) -> multi_scale.Pair:
-    """Target, drafter and the way between them, 'learned' or through 'pixels'."""
-    check_choice("scaling", scaling, SCALINGS)
-    if scaling == "pixels":
+    """Target, drafter and the way between them, see `method`."""
+    if scaling == PIXELS:
         factor = models.target.side // models.draft.side
         up = image_scaling.through_pixels(models.tokenizer, float(factor))
         down = image_scaling.through_pixels(models.tokenizer, 1 / factor)
     else:
-        if models.up is None or models.down is None:
-            raise InputError("scaling: 'learned' needs models.up and models.down")
-        up = image_scaling.learned(models.up, "up")
-        down = image_scaling.learned(models.down, "down")
+        check_choice("scaling", scaling, {PIXELS, *models.resamplers} - {"down"})
+        if "down" not in models.resamplers:
+            raise InputError(f"scaling: {scaling!r} needs models.down")
+        up = image_scaling.learned(models.resamplers[scaling], scaling)
+        down = image_scaling.learned(models.resamplers["down"], "down")
     return multi_scale.Pair(models.target, models.draft, up, down)
 
 
@@ -142,7 +141,7 @@ def build(models: Models, entry: ConfigDict) -> Decoder:
     options = entry.options.to_dict()
     if entry.kind in ("plain", "wavefront"):
         return _whole_grid(models, entry.kind, options)
-    scaled = pair(models, options.pop("scaling", "learned" if models.up else "pixels"))
+    scaled = pair(models, options.pop("scaling", PIXELS))
     rows, width = options.pop("rows", 1), options.pop("draft_width", None)
     table = neighbourhoods.nearest_codes(
         vq.embeddings(models.params["vq"]), options.pop("neighbours", 1)

@@ -122,7 +122,7 @@ def consistency(models: Models, judge: Judge, drawn: multi_scale.Result | None) 
     assert drawn is not None
     n, rates = models.target.side, {}
     codes = jnp.asarray(drawn.codes.reshape(-1, n, n))
-    for scaling in image_methods.SCALINGS if models.up else ("pixels",):
+    for scaling in {image_methods.PIXELS, *models.resamplers} - {"down"}:
         ways = image_methods.pair(models, scaling)
         low = ways.down(models.params, codes, jnp.int32(n))
         high = ways.up(models.params, low, jnp.int32(models.draft.side))

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 from experiments.image_methods import method
 from experiments.image_speculation import claim
 
-THRESHOLD, NEIGHBOURS, RADIUS = 0.1, 4, 1
+THRESHOLD, NEIGHBOURS, RADIUS = 0.1, 8, 1
 LOCAL, BARE, ISLANDS = "MuLo-SD, l=1", "MuLo-SD, l=0", "MuLo-SD, l=1, islands"
+LEARNED, LEARNED_TOKENS = "MuLo-SD, l=1, pixel loss", "MuLo-SD, l=1, token loss"
 # Preset: pixels of the target, pixels of the drafter.
 OFFLINE = {"offline": (32, 16), "offline64": (64, 32), "offline64x4": (64, 16)}
 
@@ -31,7 +32,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.experiment = "image_speculation"
     config.seed = 0
 
-    # A recipe of training.image_models, or a directory. Without up and down: through pixels.
+    # A recipe of training.image_models, or a directory. Methods scale through pixels unless told
+    # otherwise: the published default, and training-free.
     config.models = ConfigDict(
         {
             "target": f"digits_ar{large}",
@@ -39,6 +41,7 @@ def get_config(preset: str = "") -> ConfigDict:
             "tokenizer": "digits_vq32",
             "classifier": f"digits_classifier{large}",
             "up": f"digits_up_{small}_{large}",
+            "up_tokens": f"digits_up_{small}_{large}_tokens",
             "down": f"digits_down_{small}_{large}",
         }
     )
@@ -54,36 +57,45 @@ def get_config(preset: str = "") -> ConfigDict:
     config.decode.guidance = 2.0
     config.decode.num_timed = 3
     config.decode.repeats = 4
-    config.thresholds = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.1)
+    config.thresholds = (0.0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.1)
     if preset not in OFFLINE:
         config.models.update(
             target="checkpoints/target", draft="checkpoints/draft", tokenizer="checkpoints/vq",
-            classifier="checkpoints/classifier", up="", down="",
+            classifier="checkpoints/classifier", up="", up_tokens="", down="",
         )  # fmt: skip
         config.data.update(dataset="imagenet2012", split="validation")
         config.quality.update(num_images=5000, batch_size=32, num_real=5000)
         config.decode.update(top_k=2000, guidance=4.0, num_timed=20)
-    config.decode.methods = methods()
+    config.decode.methods = methods(trained=bool(config.models.up))
     config.curves = (
         _raster("raster-scan rejection"),
         _local("local, l=0", radius=0),
         _local("local, l=1"),
         _local("local, l=2", radius=2),
     )
-    config.claims = claims()
+    config.claims = claims(trained=bool(config.models.up))
     if preset.startswith("offline64"):
-        # How the speed-up moves with resolution and factor: fewer methods, and the way between the
-        # grids that needs no training.
+        # How the speed-up moves with resolution and factor: fewer methods.
         shown = ("plain", "exact speculation", "raster-scan rejection", LOCAL, BARE, ISLANDS)
-        config.models.update(up="", down="")
+        config.models.update(up="", up_tokens="", down="")
         config.decode.methods = tuple(m for m in methods() if m.label in shown)
         config.quality.num_images = 100
         config.curves = ()
+        config.claims = claims(trained=False)
     return config
 
 
-def methods() -> tuple[ConfigDict, ...]:
-    """The comparison at one threshold."""
+def methods(*, trained: bool = True) -> tuple[ConfigDict, ...]:
+    """The comparison at one threshold; the last ones with learned up-samplers."""
+    learned = (
+        _local(LEARNED, scaling="up"),
+        _local(LEARNED_TOKENS, scaling="up_tokens"),
+        _local("all drafts, pixel loss", 0.0, scaling="up"),
+        _local("all drafts, token loss", 0.0, scaling="up_tokens"),
+        _local("all drafts, pixels", 0.0),
+    )
+    if not trained:
+        learned = ()
     return (
         method("plain", "plain"),
         method("exact speculation", "raster", rule="exact_match"),
@@ -96,17 +108,23 @@ def methods() -> tuple[ConfigDict, ...]:
         _local("MuLo-SD, l=2", radius=2),
         _local(ISLANDS, resampling="islands"),
         _local("MuLo-SD, l=1, stale", refresh=False),
-        _local("MuLo-SD, l=1, pixels", scaling="pixels"),
+        *learned,
     )
 
 
-def claims() -> tuple[ConfigDict, ...]:
+def claims(*, trained: bool = True) -> tuple[ConfigDict, ...]:
     """What the paper says of these, at one threshold."""
     main, bare, islands = LOCAL, BARE, ISLANDS
     raster, exact = "raster-scan rejection", "exact speculation"
     calls, frechet = "tokens_per_target_call", "frechet"
+    pixel, token = "all drafts, pixel loss", "all drafts, token loss"
+    of_samplers = (claim("pixel loss beats token loss", frechet, pixel, token, at_most=1.0),)
+    if not trained:
+        of_samplers = ()
     return (
+        claim("local beats raster-scan rejection", calls, bare, raster, at_least=1.0),
         claim("local beats raster-scan rejection", calls, main, raster, at_least=1.0),
+        claim("local beats raster-scan rejection", calls, islands, raster, at_least=1.0),
         claim("local is faster than raster-scan", "speedup", main, raster, at_least=1.0),
         claim("expansion recovers quality", frechet, main, bare, at_most=0.0, ratio=False),
         claim("at a small part of the tokens", "rho", main, bare, at_most=0.15, ratio=False),
@@ -116,6 +134,7 @@ def claims() -> tuple[ConfigDict, ...]:
         claim("islands are no slower", "speedup", islands, main, at_least=1.0),
         claim("MuLo-SD is faster than plain decoding", "speedup", main, "plain", at_least=1.0),
         claim("at equal class accuracy", "accuracy", main, "plain", at_least=-0.03, ratio=False),
+        *of_samplers,
     )
 
 

@@ -37,7 +37,7 @@ def models(tmp_path_factory):
 def small_config(models):
     config = mulo_sd.get_config("offline")
     config.models.update({role: str(models / role) for role in ("target", "draft", "classifier")})
-    config.models.update(tokenizer=str(models / "vq"), up="", down="")
+    config.models.update(tokenizer=str(models / "vq"), up="", up_tokens="", down="")
     config.data.builder_options.variants = 1
     # One image at a time, as in the timing: a shape less to compile.
     config.quality.update(num_images=10, batch_size=1, num_real=40)
@@ -118,5 +118,5 @@ def test_bad_entries(models):
         image_methods.build(loaded, method("x", "tree"))
     with pytest.raises(InputError, match=r"x: options: .*speed"):
         image_methods.build(loaded, method("x", "local", speed=1))
-    with pytest.raises(InputError, match=r"needs models\.up and models\.down"):
-        image_methods.build(loaded, method("x", "local", scaling="learned"))
+    with pytest.raises(InputError, match="scaling: 'up' is not known"):
+        image_methods.build(loaded, method("x", "local", scaling="up"))
