@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jinja2
 from absl import flags, logging
 from ml_collections import ConfigDict
@@ -191,6 +192,8 @@ def execute(configs: Sequence[ConfigDict], workdir: Path) -> dict[str, Any]:
             found.append(recorded)
         else:
             found.append(run.execute(config, directory))
+            # Some hundred loaded programs use up the memory maps that a process may have.
+            jax.clear_caches()
     collected = collect(found)
     write(workdir, collected)
     return collected

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from decoding import generation, methods
@@ -88,6 +89,8 @@ def run(repeats: int, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
                 _record(label, temperature, budget, entry, plain)
                 for label, entry in measured.items()
             ]
+            # Some hundred loaded programs use up the memory maps that a process may have.
+            jax.clear_caches()
     return records
 
 
