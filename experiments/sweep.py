@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jinja2
 from absl import flags, logging
 from ml_collections import ConfigDict
@@ -179,6 +178,8 @@ def write(workdir: Path, collected: Mapping[str, Any]) -> Path:
 
 def execute(configs: Sequence[ConfigDict], workdir: Path) -> dict[str, Any]:
     """Runs every setting that has no results yet, and writes the sweep's page."""
+    import jax
+
     from experiments import results, run
 
     found = []
