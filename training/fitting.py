@@ -27,8 +27,11 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 Batch = Mapping[str, np.ndarray]
 DeviceBatch = Mapping[str, jax.Array]
 
-# loss_fn(params, batch, step [], frozen) -> (loss [], further metrics, each []).
+# loss_fn(params, batch, step [], frozen) -> (loss [], further metrics, each []). Noise is drawn
+# from `step_key`, so that a run that was killed goes on with the same.
 LossFn = Callable[[Any, DeviceBatch, jax.Array, Any], tuple[jax.Array, loop.Metrics]]
+# update_fn(state, batch, frozen) -> (state, metrics, each []); to be jitted.
+UpdateFn = Callable[[Any, DeviceBatch, Any], tuple[Any, loop.Metrics]]
 
 # Noise of steps is drawn from another key than the initial parameters are.
 _NOISE = 1
@@ -128,9 +131,9 @@ class TrainState:
 
 def fit(
     config: TrainConfig,
-    loss_fn: LossFn,
+    update_fn: UpdateFn,
     *,
-    put: Callable[[Batch], DeviceBatch],
+    prepare: Callable[[TrainState, Batch], DeviceBatch],
     train_batches: loop.Batches,
     evaluate: Callable[[TrainState], dict[str, float]] | None,
     workdir: str | pathlib.Path,
@@ -140,21 +143,19 @@ def fit(
     frozen: Any = None,
     description: str = "train",
 ) -> loop.Result:
-    """Minimises a loss over batches, or goes on where `workdir` left off.
+    """Updates parameters batch by batch, or goes on where `workdir` left off.
 
     Args:
       config: see `TrainConfig`.
-      loss_fn: of the parameters, a batch on the mesh, the step's number and `frozen`; to be
-        differentiated in the first. Noise is drawn from `step_key`, so that a run that was
-        killed goes on with the same.
-      put: a batch of this process's rows onto the mesh.
+      update_fn: see `UpdateFn`; most often `update` with a loss.
+      prepare: makes a batch of this process's rows one on the mesh, before the update.
       train_batches: endless iterator with `get_state` and `set_state`.
       evaluate: see `loop.run`.
       workdir: holds config.json, metrics.jsonl, tensorboard/ and checkpoints/.
       recorded: everything that determines the run beside `config`, as JSON can hold it.
       mesh: made of `config.mesh`.
       initial_params: where a fresh run starts; None for random ones.
-      frozen: arrays that the loss reads and nothing changes.
+      frozen: arrays that the update reads and nothing changes.
       description: in front of the progress bar.
 
     Returns:
@@ -173,13 +174,9 @@ def fit(
         shardings,
     )
     first = jax.jit(init_fn, out_shardings=shardings)
-    step = jax.jit(
-        functools.partial(update, config, loss_fn),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    step = jax.jit(update_fn, donate_argnums=0, out_shardings=(shardings, None))
     return loop.run(
-        lambda state, batch: step(state, put(batch), frozen),
+        lambda state, batch: step(state, prepare(state, batch), frozen),
         first if initial_params is None else lambda: first(_copy(initial_params)),
         template=template,
         batches=train_batches,
@@ -218,7 +215,7 @@ def step_key(config: TrainConfig, step: jax.Array) -> jax.Array:
 def update(
     config: TrainConfig, loss_fn: LossFn, state: TrainState, batch: DeviceBatch, frozen: Any = None
 ) -> tuple[TrainState, loop.Metrics]:
-    """One update, to be jitted: the new state, and loss, gradient norm and learning rate.
+    """One step down a loss's gradient: the new state, and loss, gradient norm and learning rate.
 
     The norm is of the gradient before clipping; the learning rate is the one of this step.
     """

@@ -72,8 +72,12 @@ def train(
         target = _place_target(target, mesh)
     return fitting.fit(
         config,
-        functools.partial(loss_fn, config, target.config if target else None),
-        put=lambda batch: put(batch, config, mesh),
+        functools.partial(
+            fitting.update,
+            config,
+            functools.partial(loss_fn, config, target.config if target else None),
+        ),
+        prepare=lambda _, batch: put(batch, config, mesh),
         train_batches=train_batches,
         evaluate=evaluator(config, eval_batches, mesh) if eval_batches is not None else None,
         workdir=workdir,

@@ -140,17 +140,12 @@ def train(
         a batch of the wrong shape or with ids out of range.
       SystemExit: `loop.TERMINATED`, after SIGTERM.
     """
-    if config.model.causal:
-        raise InputError("model.causal: True is not for this pipeline, which sees both sides")
-    if config.model.mask_token_id is None:
-        raise InputError("model.mask_token_id: None; masked diffusion needs a mask token")
-    if config.distillation is not None:
-        raise InputError("distillation: masked diffusion has none")
+    check(config)
     mesh = sharding.make_mesh(*config.mesh)
     return fitting.fit(
         config,
-        functools.partial(loss_fn, config, objective),
-        put=lambda batch: put(batch, config, mesh),
+        functools.partial(fitting.update, config, functools.partial(loss_fn, config, objective)),
+        prepare=lambda _, batch: put(batch, config, mesh),
         train_batches=train_batches,
         evaluate=(
             evaluator(config, objective, eval_batches, mesh) if eval_batches is not None else None
@@ -206,21 +201,21 @@ def loss_fn(
     del frozen
     model, key = fitting.compute_config(config), fitting.step_key(config, step)
     tokens = batch["tokens"]
-    batch = _truncate(batch, key, objective.truncated)
+    batch = truncate(batch, key, objective.truncated)
     changeable = batch["changeable"]
-    mask_id = _mask_id(model)
+    hidden = mask_id(model)
     probability = corruption.mask_probabilities(
         key, tokens.shape[0], objective.mask_ratio, objective.floor
     )
-    noisy = corruption.mask(key, tokens, changeable, probability, mask_id)
+    noisy = corruption.mask(key, tokens, changeable, probability, hidden)
     editing = objective.editing
     if editing is not None:
-        noisy = corruption.corrupt(key, noisy, editing.corruption, model.vocab_size, mask_id)
+        noisy = corruption.corrupt(key, noisy, editing.corruption, model.vocab_size, hidden)
     block = block_size(objective, step)
     logits = predict(model, params, batch, noisy.tokens, block, remat=config.remat)
     loss, metrics = _loss(objective, logits, tokens, noisy, changeable)
     if editing is not None and editing.turns == 2:
-        fills = jax.lax.stop_gradient(jnp.argmax(logits.at[..., mask_id].set(-jnp.inf), axis=-1))
+        fills = jax.lax.stop_gradient(jnp.argmax(logits.at[..., hidden].set(-jnp.inf), axis=-1))
         noisy = corruption.fill(key, noisy, fills, tokens, editing.remask)
         logits = predict(model, params, batch, noisy.tokens, block, remat=config.remat)
         second, more = _loss(objective, logits, tokens, noisy, changeable)
@@ -305,7 +300,7 @@ def evaluator(
         probability = corruption.mask_probabilities(
             key, tokens.shape[0], (0.0, 1.0), objective.floor
         )
-        noisy = corruption.mask(key, tokens, changeable, probability, _mask_id(model))
+        noisy = corruption.mask(key, tokens, changeable, probability, mask_id(model))
         logits = predict(model, params, batch, noisy.tokens, block)
         nats = jnp.where(noisy.masked, losses.cross_entropy(logits, tokens), 0.0)
         right = noisy.masked & (jnp.argmax(logits, axis=-1) == tokens)
@@ -330,8 +325,8 @@ def evaluator(
     return evaluate
 
 
-def _truncate(batch: DeviceBatch, key: jax.Array, share: float) -> DeviceBatch:
-    """What lies beyond a row's drawn length becomes padding."""
+def truncate(batch: DeviceBatch, key: jax.Array, share: float) -> DeviceBatch:
+    """Rows a share of which are cut; what lies beyond the cut becomes padding."""
     if not share:
         return batch
     rows, length = batch["tokens"].shape
@@ -343,6 +338,17 @@ def _truncate(batch: DeviceBatch, key: jax.Array, share: float) -> DeviceBatch:
     }
 
 
-def _mask_id(model: TransformerConfig) -> int:
+def check(config: TrainConfig) -> None:
+    """Raises InputError where a run's model is not one of masked diffusion."""
+    if config.model.causal:
+        raise InputError("model.causal: True is not for this pipeline, which sees both sides")
+    if config.model.mask_token_id is None:
+        raise InputError("model.mask_token_id: None; masked diffusion needs a mask token")
+    if config.distillation is not None:
+        raise InputError("distillation: masked diffusion has none")
+
+
+def mask_id(model: TransformerConfig) -> int:
+    """The mask token of a model that has one."""
     assert model.mask_token_id is not None
     return model.mask_token_id

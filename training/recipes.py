@@ -10,7 +10,7 @@ from training import artifacts
 from training.batches import LOSS_ON
 from training.datasets import registry
 from training.fitting import Distillation, TrainConfig
-from training.masked_diffusion import Objective
+from training.masked_diffusion import Editing, Objective
 from training.optimizers import MuonConfig, OptimizerConfig
 from training.tokenizers import END_OF_TEXT, MASK
 
@@ -170,7 +170,7 @@ _SUMS = {"size": 30_000, "levels": (7,)}
 _ON_SUMS = Objective(mask_ratio=(0.3, 1.0), weighting="mean")
 
 
-def _on_sums(
+def _with_muon(
     model: TransformerConfig, steps: int, canvas: int, batch_size: int, learning_rate: float
 ) -> TrainConfig:
     """Muon learns which digits to copy in a fraction of the steps that AdamW takes."""
@@ -194,22 +194,31 @@ def _sums(
     return MaskedDiffusionModel(
         "arithmetic",
         384,
-        _on_sums(_llada(4, 128, 384), steps, canvas, batch_size, learning_rate),
+        _with_muon(_llada(4, 128, 384), steps, canvas, batch_size, learning_rate),
         dataset_options=_SUMS,
         objective=more.pop("objective", _ON_SUMS),
         **more,
     )
 
 
-def _llada(layers: int, width: int, vocab_size: int) -> TransformerConfig:
-    return _llama(layers, width, vocab_size).replace(
-        family="llada",
-        causal=False,
-        num_heads=width // 32,
-        num_kv_heads=width // 32,
-        head_dim=32,
-        mask_token_id=1,
+def _block_sums(editing: Editing | None) -> MaskedDiffusionModel:
+    """Block diffusion of sums, the whole canvas as one block at first (LLaDA2.0's decay)."""
+    objective = dataclasses.replace(
+        _ON_SUMS, block_schedule=((0, 64), (50, 32), (100, 16)), editing=editing
     )
+    return _sums(300, 64, 16, 2e-3, objective=objective, starts_from="arithmetic_mdlm_short")
+
+
+def _llada(layers: int, width: int, vocab_size: int) -> TransformerConfig:
+    return _narrow(_llama(layers, width, vocab_size)).replace(
+        family="llada", causal=False, mask_token_id=1
+    )
+
+
+def _narrow(model: TransformerConfig) -> TransformerConfig:
+    """With heads 32 wide: more of them, for more places to copy from."""
+    heads = model.embed_dim // 32
+    return model.replace(num_heads=heads, num_kv_heads=heads, head_dim=32)
 
 
 RECIPES: dict[str, BaseModel] = {
@@ -236,8 +245,27 @@ RECIPES: dict[str, BaseModel] = {
         "arithmetic", 384, 1, 64, 200, learning_rate=4e-3, distilled_from="arithmetic_target"
     ),
     # Learns sums on a short canvas, where that is quickest, and then the longer one.
+    # Learns sums on a short canvas, where that is quickest, and then the longer one.
     "arithmetic_mdlm_short": _sums(1800, 64, 16, 5e-3),
-    "arithmetic_mdlm": _sums(150, 128, 16, 1e-3, starts_from="arithmetic_mdlm_short"),
+    "arithmetic_mdlm": _sums(500, 128, 16, 2e-3, starts_from="arithmetic_mdlm_short"),
+    # The same model in blocks of 16: from masks alone, with wrong tokens to overwrite, and with the
+    # model's own mistakes among them.
+    "arithmetic_block_mdlm": _block_sums(None),
+    "arithmetic_edit_mdlm": _block_sums(Editing()),
+    "arithmetic_edit_self": _block_sums(Editing(turns=2)),
+    "arithmetic_ar": AnsweringModel(
+        "arithmetic",
+        384,
+        _with_muon(_narrow(_llama(4, 128, 384)), 600, 128, 8, 5e-3),
+        dataset_options=_SUMS,
+    ),
+    "code_mdlm": MaskedDiffusionModel(
+        "stdlib_code",
+        1024,
+        _with_muon(_llada(4, 192, 1024), 400, 256, 8, 4e-3),
+        loss_on="all",
+        objective=Objective(truncated=0.01),
+    ),
     "numbers_target": _recipe("spelled_numbers", 384, 4, 256, 250, learning_rate=2e-3),
     "numbers_draft": _recipe("spelled_numbers", 384, 2, 64, 600, learning_rate=6e-3),
 }

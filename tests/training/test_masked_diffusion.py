@@ -36,11 +36,10 @@ CONFIG = TrainConfig(
     eval_every=3,
     checkpoint_every=3,
 )
-# Blocks of two sizes, wrong tokens, two turns and truncation: everything that draws noise.
+# Blocks of two sizes, wrong tokens and two turns: everything that draws noise.
 EVERYTHING = Objective(
     mask_ratio=(0.3, 0.8),
     weighting="mean",
-    truncated=0.3,
     block_schedule=((0, 12), (4, 3)),
     editing=Editing(corruption=0.5, turns=2),
     confidence_weight=0.5,
@@ -208,8 +207,7 @@ def _mean(values, mask):
 def test_loss_is_that_of_a_loop_over_turns():
     """Masks, wrong tokens, the model's own fills and the confidence term, written out."""
     batch = {k: np.asarray(v) for k, v in _placed(canvas_batch(1)).items()}
-    objective = dataclasses.replace(EVERYTHING, truncated=0.0, block_schedule=((0, 3),))
-    loss, metrics = loss_fn(objective, PARAMS, batch, 7)
+    loss, metrics = loss_fn(EVERYTHING, PARAMS, batch, 7)
     key = fitting.step_key(CONFIG, jnp.int32(7))
     probability = corruption.mask_probabilities(key, B, (0.3, 0.8), 1e-3)
     noisy = corruption.mask(key, batch["tokens"], batch["changeable"], probability, MASK)
@@ -260,7 +258,7 @@ def test_llada_loss_bounds_what_exact_enumeration_gives():
     changeable[:, 2:5] = True
     batch = _placed(canvas_batch(2)) | {"changeable": jnp.asarray(changeable)}
     objective = Objective()
-    steps = np.arange(1500)
+    steps = np.arange(600)
     sampled = jax.jit(jax.vmap(lambda s: masked_diffusion.loss_fn(
         CONFIG, objective, PARAMS, batch, s)[0]))(steps)  # fmt: skip
     exact = np.zeros(B)
@@ -274,7 +272,7 @@ def test_llada_loss_bounds_what_exact_enumeration_gives():
         t = (np.arange(20000) + 0.5) / 20000
         p = (1 - 1e-3) * t + 1e-3
         exact += nats * (p ** (k - 1) * (1 - p) ** (3 - k)).mean() if k else 0.0
-    assert np.mean(sampled) == pytest.approx(exact.mean() / 3, rel=0.05)
+    assert np.mean(sampled) == pytest.approx(exact.mean() / 3, rel=0.06)
 
 
 def test_block_sizes_follow_their_schedule():
@@ -316,10 +314,21 @@ def test_mesh_of_eight_devices_has_the_same_losses(run, tmp_path):
 
 
 def test_training_starts_from_given_parameters_and_leaves_them_alone(tmp_path):
-    config = dataclasses.replace(CONFIG, num_steps=1)
-    train(tmp_path, config=config, initial_params=PARAMS, eval_batches=None)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, initial_params=PARAMS, train_batches=Batches(stop_before=2))
     loss, _ = loss_fn(EVERYTHING, PARAMS, _placed(canvas_batch(1)), 0)
     assert float.fromhex(curve(tmp_path)[0]["loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_what_lies_behind_a_cut_is_padding():
+    batch = _placed(canvas_batch(1))
+    cut = masked_diffusion.truncate(batch, jax.random.key(0), 1.0)
+    lengths = np.asarray(cut["segment_ids"]).sum(axis=1)
+    assert 0 < lengths.min() < T
+    inside = np.arange(T) < lengths[:, None]
+    np.testing.assert_array_equal(cut["segment_ids"], inside)
+    np.testing.assert_array_equal(cut["changeable"], inside & np.asarray(batch["changeable"]))
+    assert masked_diffusion.truncate(batch, jax.random.key(0), 0.0) is batch
 
 
 @pytest.mark.parametrize(
@@ -371,6 +380,7 @@ TINY = {
     "train.num_steps": 4,
     "train.batch_size": 4,
     "train.sequence_length": 64,
+    "train.optimizer": OptimizerConfig(),
     "train.model.num_layers": 1,
     "train.model.embed_dim": 16,
     "train.model.num_heads": 2,
@@ -382,7 +392,7 @@ TINY = {
 
 
 def test_named_models_are_llada_directories(tmp_path):
-    made = base_models.ensure("arithmetic_mdlm", cache_dir=tmp_path, overrides=TINY)
+    made = base_models.ensure("arithmetic_mdlm_short", cache_dir=tmp_path, overrides=TINY)
     raw = json.loads((made / "config.json").read_text())
     assert raw["model_type"] == "llada"
     config, params = hf_checkpoint.load(made)
@@ -394,7 +404,7 @@ def test_named_models_are_llada_directories(tmp_path):
     ]
     assert config.mask_token_id == raw["mask_token_id"]
     summary = json.loads((made / base_models.SUMMARY_FILE).read_text())
-    assert summary["recipe"]["objective"]["weighting"] == "elbo"
+    assert summary["recipe"]["objective"]["weighting"] == "mean"
     assert summary["eval_loss"] > 0
     assert tokenizer.decode(decode_one_a_step(config, params, tokenizer.encode("1+2"), 16)) != ""
 
@@ -417,12 +427,13 @@ def decode_one_a_step(config, params, prompt, canvas):
 
 def test_a_tiny_model_learns_to_repeat_its_prompt(tmp_path):
     """Trained for seconds, decoded a token at a time: the whole of the pipeline has to be right."""
+    model = MODEL.replace(num_layers=1)
     config = dataclasses.replace(
-        CONFIG, optimizer=MuonConfig(learning_rate=0.02, warmup_steps=20), num_steps=200,
-        batch_size=32, log_every=100,
+        CONFIG, model=model, optimizer=MuonConfig(learning_rate=0.02, warmup_steps=20),
+        num_steps=200, batch_size=32, log_every=100, checkpoint_every=200,
     )  # fmt: skip
     data = Batches(lengths=(4, 4), rows=32)
     result = train(tmp_path, Objective(), config, train_batches=data, eval_batches=None)
     tokens = canvas_batch(2000, lengths=(4, 4))["tokens"]
-    answers = [decode_one_a_step(MODEL, result.state.params, row[:4].tolist(), T) for row in tokens]
+    answers = [decode_one_a_step(model, result.state.params, row[:4].tolist(), T) for row in tokens]
     assert np.mean(np.array(answers) == tokens[:, 4:]) > 0.9

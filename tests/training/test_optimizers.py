@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -10,7 +11,7 @@ from models import transformer
 from models.config import TransformerConfig
 from models.errors import InputError
 from training import optimizers
-from training.optimizers import OptimizerConfig
+from training.optimizers import MuonConfig, OptimizerConfig
 
 SHAPES = {"mlp": {"kernel": (3, 4), "bias": (4,)}, "norm": {"scale": (4,)}}
 
@@ -124,3 +125,56 @@ def test_accumulated_batches_make_one_update_with_their_mean_gradient():
 def test_values_out_of_range_are_named(field, value):
     with pytest.raises(InputError, match=f"optimizer.{field}: {value}"):
         OptimizerConfig(**{field: value})
+
+
+def _orthogonal(matrix):
+    """U V' of a matrix, by what Muon's iteration comes near to: singular values near 1."""
+    u, _, v = np.linalg.svd(matrix, full_matrices=False)
+    return u @ v
+
+
+def test_muon_orthogonalises_the_matrices_of_blocks_and_leaves_the_rest_to_adamw():
+    config = MuonConfig(
+        learning_rate=0.1, warmup_steps=0, weight_decay=0.0, clip_norm=None, update_rms=0.2
+    )
+    model = TransformerConfig(
+        vocab_size=32, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
+        mlp_dim=32, max_position=16, tie_embeddings=True,
+    )  # fmt: skip
+    params = transformer.init(model, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+    moved, plain = (
+        optimizer.update(gradient, optimizer.init(params), params)[0]
+        for optimizer in (
+            optimizers.create(config, 10),
+            optimizers.create(OptimizerConfig(**_shared(config)), 10),
+        )
+    )
+    block, given = moved["layers_0"], gradient["layers_0"]
+    for part in range(3):  # queries, keys and values are matrices of their own
+        update = np.asarray(block["attention"]["qkv"]["kernel"])[:, :, part].reshape(16, 16)
+        matrix = np.asarray(given["attention"]["qkv"]["kernel"])[:, :, part].reshape(16, 16)
+        direction = _orthogonal(matrix)
+        cosine = -np.sum(update * direction) / np.linalg.norm(update) / np.linalg.norm(direction)
+        assert cosine > 0.95
+        values = np.linalg.svd(update, compute_uv=False) / (0.1 * 0.2 * 4)
+        assert values.min() > 0.5
+        assert values.max() < 1.3
+    down = np.asarray(block["mlp"]["down"]["kernel"])
+    assert np.sqrt(np.mean(down**2)) == pytest.approx(0.1 * 0.2, rel=0.2)
+    for name in ("embedder", "final_norm"):
+        # AdamW's first update is the sign of the gradient, here with Nesterov's look ahead.
+        ours, theirs = (jax.tree.leaves(tree[name])[0] for tree in (moved, plain))
+        np.testing.assert_array_equal(np.sign(ours), np.sign(theirs))
+
+
+def _shared(config):
+    names = [field.name for field in dataclasses.fields(OptimizerConfig)]
+    return {name: getattr(config, name) for name in names}
+
+
+@pytest.mark.parametrize(("field", "value"), [("momentum", 1.0), ("update_rms", 0.0)])
+def test_values_of_muon_out_of_range_are_named(field, value):
+    with pytest.raises(InputError, match=f"optimizer.{field}: {value}"):
+        MuonConfig(**{field: value})
