@@ -204,9 +204,9 @@ def _sums(
 def _block_sums(editing: Editing | None) -> MaskedDiffusionModel:
     """Block diffusion of sums, the whole canvas as one block at first (LLaDA2.0's decay)."""
     objective = dataclasses.replace(
-        _ON_SUMS, block_schedule=((0, 64), (50, 32), (100, 16)), editing=editing
+        _ON_SUMS, block_schedule=((0, 64), (100, 32), (200, 16)), editing=editing
     )
-    return _sums(300, 64, 16, 2e-3, objective=objective, starts_from="arithmetic_mdlm_short")
+    return _sums(900, 64, 16, 3e-3, objective=objective, starts_from="arithmetic_mdlm_short")
 
 
 def _llada(layers: int, width: int, vocab_size: int) -> TransformerConfig:
@@ -245,14 +245,13 @@ RECIPES: dict[str, BaseModel] = {
         "arithmetic", 384, 1, 64, 200, learning_rate=4e-3, distilled_from="arithmetic_target"
     ),
     # Learns sums on a short canvas, where that is quickest, and then the longer one.
-    # Learns sums on a short canvas, where that is quickest, and then the longer one.
     "arithmetic_mdlm_short": _sums(1800, 64, 16, 5e-3),
     "arithmetic_mdlm": _sums(500, 128, 16, 2e-3, starts_from="arithmetic_mdlm_short"),
     # The same model in blocks of 16: from masks alone, with wrong tokens to overwrite, and with the
     # model's own mistakes among them.
     "arithmetic_block_mdlm": _block_sums(None),
-    "arithmetic_edit_mdlm": _block_sums(Editing()),
-    "arithmetic_edit_self": _block_sums(Editing(turns=2)),
+    "arithmetic_edit_mdlm": _block_sums(Editing(corruption=0.3)),
+    "arithmetic_edit_self": _block_sums(Editing(corruption=0.3, turns=2)),
     "arithmetic_ar": AnsweringModel(
         "arithmetic",
         384,
