@@ -40,7 +40,7 @@ from training.recipes import (
     recipe,
 )
 
-__all__ = ["CODE_VERSION", "RECIPES", "SUMMARY_FILE", "ensure", "role_overrides"]
+__all__ = ["CODE_VERSION", "RECIPES", "SUMMARY_FILE", "ensure", "recipe", "role_overrides"]
 
 # Part of every hash. Raise it when a change of code changes what the same recipe trains.
 CODE_VERSION = 1
@@ -63,8 +63,9 @@ def ensure(
       name: a key of `RECIPES`.
       cache_dir: where models, tokenisers and data are kept; None for
         `files.cache_root()`.
-      overrides: see `recipe`. Those prefixed 'target.' are for the model that a draft learns
-        from: a draft must be made with the same ones as the target that it drafts for.
+      overrides: see `recipe`. Those prefixed with a role ('target.', 'start.') are for the model
+        that it is made from: a draft must be made with the same ones as the target that it drafts
+        for.
 
     Returns:
       A directory with config.json, model.safetensors, tokenizer.json, tokenizer_config.json and

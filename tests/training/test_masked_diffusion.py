@@ -392,7 +392,9 @@ TINY = {
 
 
 def test_named_models_are_llada_directories(tmp_path):
-    made = base_models.ensure("arithmetic_mdlm_short", cache_dir=tmp_path, overrides=TINY)
+    overrides = {**TINY, **{f"start.{field}": value for field, value in TINY.items()}}
+    made = base_models.ensure("arithmetic_mdlm", cache_dir=tmp_path, overrides=overrides)
+    start = base_models.ensure("arithmetic_mdlm_short", cache_dir=tmp_path, overrides=TINY)
     raw = json.loads((made / "config.json").read_text())
     assert raw["model_type"] == "llada"
     config, params = hf_checkpoint.load(made)
@@ -405,11 +407,24 @@ def test_named_models_are_llada_directories(tmp_path):
     assert config.mask_token_id == raw["mask_token_id"]
     summary = json.loads((made / base_models.SUMMARY_FILE).read_text())
     assert summary["recipe"]["objective"]["weighting"] == "mean"
-    assert summary["eval_loss"] > 0
+    assert summary["start"] == start.name
+    first = json.loads((start / base_models.SUMMARY_FILE).read_text())
+    # Four steps of warming up change little: it went on from where the other one ended.
+    assert summary["eval_loss"] == pytest.approx(first["eval_loss"], rel=0.1)
+    assert (made / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
     assert tokenizer.decode(decode_one_a_step(config, params, tokenizer.encode("1+2"), 16)) != ""
 
 
 apply = jax.jit(transformer.apply, static_argnums=0)
+
+
+def test_models_to_compare_share_their_tokeniser_and_size(tmp_path):
+    changes = {name: TINY[name] for name in ("dataset_options", "vocab_size")}
+    names = [name for name in base_models.RECIPES if name.startswith("arithmetic_mdlm")]
+    names += ["arithmetic_ar", "arithmetic_block_mdlm", "arithmetic_edit_mdlm"]
+    recipes = [base_models.recipe(name, changes) for name in names]
+    assert len({base_models._ensure_tokenizer(recipe, tmp_path) for recipe in recipes}) == 1
+    assert len({recipe.train.model.num_params() for recipe in recipes}) == 1
 
 
 def decode_one_a_step(config, params, prompt, canvas):
