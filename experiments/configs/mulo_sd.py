@@ -87,7 +87,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
 def methods(*, trained: bool = True) -> tuple[ConfigDict, ...]:
     """The comparison at one threshold; the last ones with learned up-samplers."""
-    learned = (
+    learned: tuple[ConfigDict, ...] = (
         _local(LEARNED, scaling="up"),
         _local(LEARNED_TOKENS, scaling="up_tokens"),
         _local("all drafts, pixel loss", 0.0, scaling="up"),
@@ -118,9 +118,9 @@ def claims(*, trained: bool = True) -> tuple[ConfigDict, ...]:
     raster, exact = "raster-scan rejection", "exact speculation"
     calls, frechet = "tokens_per_target_call", "frechet"
     pixel, token = "all drafts, pixel loss", "all drafts, token loss"
-    of_samplers = (claim("pixel loss beats token loss", frechet, pixel, token, at_most=1.0),)
-    if not trained:
-        of_samplers = ()
+    of_samplers: tuple[ConfigDict, ...] = ()
+    if trained:
+        of_samplers = (claim("pixel loss beats token loss", frechet, pixel, token, at_most=1.0),)
     return (
         claim("local beats raster-scan rejection", calls, bare, raster, at_least=1.0),
         claim("local beats raster-scan rejection", calls, main, raster, at_least=1.0),
