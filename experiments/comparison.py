@@ -23,8 +23,11 @@ from decoding.sampling import SamplingConfig
 from experiments import (
     acceptance,
     calibration,
+    exact_chains,
+    information,
     loading,
     lossless,
+    oracle_bound,
     results,
     timing,
     trained_parts,
@@ -39,7 +42,13 @@ from training.datasets import registry
 BASELINE = "autoregressive"
 # Further measurements that a config may ask for: (config, model configs, parameters, prompts) ->
 # (what a report draws, claims).
-ANALYSES = {"acceptance": acceptance.measure, "calibration": calibration.measure}
+ANALYSES = {
+    "acceptance": acceptance.measure,
+    "calibration": calibration.measure,
+    "exact chains": exact_chains.measure,
+    "greedy oracle": oracle_bound.measure,
+    "information": information.measure,
+}
 # A losslessness check fails by chance once in this many runs.
 _P_VALUE = 1e-3
 # What a report shows of a base model's training.

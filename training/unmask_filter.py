@@ -196,7 +196,8 @@ def quality(score: np.ndarray, records: Records, bins: int = 10) -> dict[str, An
       `final`, the share of masks whose prediction is final; `thresholds` with `precision` and
       `recall` of score > threshold (precision 1 where nothing is); `bins` with the mean `score`,
       the share `final` and the `count` of each bin that is not empty; `calibration_error`, the
-      mean over masks of their bin's |score - final|.
+      mean over masks of their bin's |score - final|; `average_precision`, the mean of precision
+      over the masks whose prediction is final, by falling score.
     """
     value, truth = score[records.masked], records.correct[records.masked]
     thresholds = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
@@ -221,10 +222,16 @@ def quality(score: np.ndarray, records: Records, bins: int = 10) -> dict[str, An
         for i in range(bins)
         if (which == i).any()
     ]
+    ranked = truth[np.argsort(-value, kind="stable")]
+    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
     gap = sum(abs(b["score"] - b["final"]) * b["count"] for b in found) / max(len(value), 1)
     return {
-        "final": float(truth.mean()), "thresholds": curve, "bins": found, "calibration_error": gap,
-    }  # fmt: skip
+        "final": float(truth.mean()),
+        "thresholds": curve,
+        "bins": found,
+        "calibration_error": gap,
+        "average_precision": float(precision[ranked].mean()) if ranked.any() else 1.0,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,7 +126,12 @@ def test_splits_and_quality():
     inside = masks & (confidence >= 0.3) & (confidence < 0.4)
     assert entry["final"] == pytest.approx(correct[inside].mean())
     perfect = unmask_filter.quality(correct.astype(np.float32), records)
-    assert perfect["calibration_error"] == 0
+    assert perfect["calibration_error"] == 0 and perfect["average_precision"] == 1
+    order = np.argsort(-confidence[masks])
+    hits = correct[masks][order]
+    places = np.flatnonzero(hits)
+    expected = np.mean([hits[: place + 1].mean() for place in places])
+    assert plain["average_precision"] == pytest.approx(expected)
     assert all(t["precision"] == t["recall"] == 1 for t in perfect["thresholds"])
 
 
