@@ -258,12 +258,26 @@ RECIPES: dict[str, BaseModel] = {
         _with_muon(_narrow(_llama(4, 128, 384)), 600, 128, 8, 5e-3),
         dataset_options=_SUMS,
     ),
+    # Code is learned from a clean past, block by block, and then without one: from scattered masks
+    # alone, so short a training finds little more than how often each token occurs.
+    "code_mdlm_blocks": MaskedDiffusionModel(
+        "stdlib_code",
+        1024,
+        _with_muon(_llada(4, 192, 1024), 500, 128, 8, 4e-3),
+        loss_on="all",
+        objective=Objective(
+            mask_ratio=(0.3, 1.0),
+            weighting="mean",
+            block_schedule=((0, 4), (250, 16), (400, 128)),
+        ),
+    ),
     "code_mdlm": MaskedDiffusionModel(
         "stdlib_code",
         1024,
-        _with_muon(_llada(4, 192, 1024), 400, 256, 8, 4e-3),
+        _with_muon(_llada(4, 192, 1024), 200, 256, 8, 2e-3),
         loss_on="all",
         objective=Objective(truncated=0.01),
+        starts_from="code_mdlm_blocks",
     ),
     "numbers_target": _recipe("spelled_numbers", 384, 4, 256, 250, learning_rate=2e-3),
     "numbers_draft": _recipe("spelled_numbers", 384, 2, 64, 600, learning_rate=6e-3),
