@@ -153,8 +153,10 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Figure:
 def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
     for i, series in enumerate(spec["series"]):
         alone = len(series["x"]) == 1
+        # Many named settings are a list, not an axis: points are not joined.
+        named = len(series["x"]) > 6 and isinstance(series["x"][0], str)
         axis.plot(
-            series["x"], series["y"], "D" if alone else "o-", color=COLOURS[i % len(COLOURS)],
+            series["x"], series["y"], "D" if alone else "o" if named else "o-", color=COLOURS[i % len(COLOURS)],
             label=series["label"], ms=7 if alone else 4,
         )  # fmt: skip
     if "x_scale" in spec:

@@ -16,7 +16,7 @@ from models.errors import check_choice
 PRESETS = ("", "offline", "aligned")
 FALLBACKS = (0.2, 0.4, 0.6, 0.9, 1.01)
 # Text, since JSON has no infinity.
-ROLLBACKS = ("0", "1", "2", "4", "inf")
+ROLLBACKS = ("0", "2", "6", "10", "inf")
 
 
 def get_config(preset: str = "") -> ConfigDict:
