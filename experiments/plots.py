@@ -156,8 +156,8 @@ def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
         # Many named settings are a list, not an axis: points are not joined.
         named = len(series["x"]) > 6 and isinstance(series["x"][0], str)
         axis.plot(
-            series["x"], series["y"], "D" if alone else "o" if named else "o-", color=COLOURS[i % len(COLOURS)],
-            label=series["label"], ms=7 if alone else 4,
+            series["x"], series["y"], "D" if alone else "o" if named else "o-",
+            color=COLOURS[i % len(COLOURS)], label=series["label"], ms=7 if alone else 4,
         )  # fmt: skip
     if "x_scale" in spec:
         axis.set_xscale(spec["x_scale"])
