@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark --suite=baseline --workdir=runs/benchmark
     python -m experiments.benchmark --suite=trees --workdir=runs/trees
+    python -m experiments.benchmark --suite=diffusion --workdir=runs/diffusion
 
 Prints a Markdown table and records `results.json` in the work directory.
 """
@@ -16,7 +17,7 @@ from models.errors import InputError, check_choice
 
 FLAGS = flags.FlagValues()
 _SUITE = flags.DEFINE_string(
-    "suite", "baseline", "Which suite: baseline or trees.", flag_values=FLAGS
+    "suite", "baseline", "Which suite: baseline, trees or diffusion.", flag_values=FLAGS
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where to record results.json; default nowhere.", flag_values=FLAGS
@@ -53,7 +54,7 @@ _REPEATS = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
-    check_choice("suite", _SUITE.value, ("baseline", "trees"))
+    check_choice("suite", _SUITE.value, ("baseline", "trees", "diffusion"))
     if _REPEATS.value < 1:
         raise InputError(f"repeats: {_REPEATS.value} must be at least 1")
     from experiments import results
@@ -67,6 +68,9 @@ def main(argv: list[str]) -> None:
     if _SUITE.value == "trees":
         measured, table = _trees()
         found |= measured
+    elif _SUITE.value == "diffusion":
+        measured, table = _diffusion()
+        found |= measured
     else:
         found |= baseline.run(_SHAPES.value, _REPEATS.value)
         table = baseline.table(found)
@@ -74,6 +78,19 @@ def main(argv: list[str]) -> None:
         results.write(Path(_WORKDIR.value), found)
     print(f"{found['machine']['cpu']}, {found['machine']['cores']} cores, {found['date']}\n")
     print(table)
+
+
+def _diffusion() -> tuple[dict[str, Any], str]:
+    """The diffusion suite and its table."""
+    from experiments import plots
+    from experiments.benchmarks import diffusion
+
+    records = diffusion.run(_REPEATS.value, Path(_WORKDIR.value or "."))
+    if _WORKDIR.value:
+        Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
+        chart = plots.panels(diffusion.charts(records), columns=3)
+        plots.write_png(chart, Path(_WORKDIR.value) / "diffusion.png")
+    return {"runs": records}, diffusion.table(records)
 
 
 def _trees() -> tuple[dict[str, Any], str]:
