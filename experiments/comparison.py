@@ -31,6 +31,7 @@ from experiments import (
     results,
     timing,
     trained_parts,
+    unmasking_observations,
     unmasking_trace,
 )
 from models.config import TransformerConfig
@@ -48,6 +49,10 @@ ANALYSES = {
     "exact chains": exact_chains.measure,
     "greedy oracle": oracle_bound.measure,
     "information": information.measure,
+    "chosen masks": unmasking_observations.measure_ranks,
+    "far masks": unmasking_observations.measure_far_masks,
+    "ages of keys and values": unmasking_observations.measure_ages,
+    "surprise": unmasking_observations.measure_surprise,
 }
 # A losslessness check fails by chance once in this many runs.
 _P_VALUE = 1e-3
@@ -223,7 +228,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                         models.tokenizer, seed=config.seed,
                     )
                     for label, method in built.items()
-                    if method.canvas is not None
+                    if method.canvas is not None and config.decode.get("traces", True)
                 }  # fmt: skip
                 samples.append(sample)
         checks = check_lossless(config, models, prompts, sampling, built, records)

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -231,7 +230,7 @@ def block_cache(
 
         cache = kv.truncate(store.cache, jnp.zeros_like(view.start))
         branches = [branch(width) for width in (None, *widths)]
-        cache, prediction = jax.lax.switch(which, branches, cache)
+        cache, prediction = kv.switch(which, branches, cache)
         one = jnp.ones_like(view.start)
         return Call(
             store=BlockStore(cache, store.stale & ~served),
