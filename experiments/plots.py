@@ -166,6 +166,8 @@ def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
         axis.minorticks_off()
     elif any(isinstance(x, str) and len(x) > 6 for series in spec["series"] for x in series["x"]):
         axis.tick_params(axis="x", rotation=30, labelsize=8)
+        for text in axis.get_xticklabels():
+            text.set_horizontalalignment("right")
     axis.set_title(spec["title"])
     axis.set_xlabel(spec["x_label"])
     axis.set_ylabel(spec["y_label"])
@@ -196,7 +198,8 @@ def panels(specs: Sequence[Mapping[str, Any]], columns: int = 2) -> Figure:
     for axis in places[len(specs) :]:
         axis.set_visible(False)
     named = dict(zip(*places[0].get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(named.values(), named, loc="outside lower center", ncols=min(len(named), 5))
+    most = min(len(named), 3 * columns)
+    figure.legend(named.values(), named, loc="outside lower center", ncols=most)
     return figure
 
 
