@@ -209,6 +209,12 @@ def _block_sums(editing: Editing | None) -> MaskedDiffusionModel:
     return _sums(900, 64, 16, 3e-3, objective=objective, starts_from="arithmetic_mdlm_short")
 
 
+def _wide_sums(editing: Editing | None) -> MaskedDiffusionModel:
+    """Sums whose whole canvas is one block."""
+    objective = dataclasses.replace(_ON_SUMS, editing=editing)
+    return _sums(500, 64, 16, 2e-3, objective=objective, starts_from="arithmetic_mdlm_short")
+
+
 def _llada(layers: int, width: int, vocab_size: int) -> TransformerConfig:
     return _narrow(_llama(layers, width, vocab_size)).replace(
         family="llada", causal=False, mask_token_id=1
@@ -252,6 +258,10 @@ RECIPES: dict[str, BaseModel] = {
     "arithmetic_block_mdlm": _block_sums(None),
     "arithmetic_edit_mdlm": _block_sums(Editing(corruption=0.3)),
     "arithmetic_edit_self": _block_sums(Editing(corruption=0.3, turns=2)),
+    # The same in one block, whose 45 tokens are more than a call gets right: editing has work.
+    "arithmetic_wide_mdlm": _wide_sums(None),
+    "arithmetic_wide_edit": _wide_sums(Editing(corruption=0.3)),
+    "arithmetic_wide_self": _wide_sums(Editing(corruption=0.3, turns=2)),
     "arithmetic_ar": AnsweringModel(
         "arithmetic",
         384,
