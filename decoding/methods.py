@@ -79,17 +79,16 @@ def build(
     """
     method = spec(name)
     parsed = parse_options(name, options or {})
-    for role, config in configs.items():
-        if config.causal is method.bidirectional:
-            does = "fills masks" if method.bidirectional else "writes from left to right"
-            kinds = ("causal", "bidirectional")
-            raise InputError(
-                f"method {name} {does}; the {role} model ({config.family}) is "
-                f"{kinds[not config.causal]}; allowed: {kinds[method.bidirectional]} models"
-            )
     for role in method.roles_with(parsed):
         if role not in configs:
             raise InputError(f"method {name} needs a {role} model; given: {', '.join(configs)}")
+        if configs[role].causal is method.bidirectional:
+            does = "fills masks" if method.bidirectional else "writes from left to right"
+            kinds = ("causal", "bidirectional")
+            raise InputError(
+                f"method {name} {does}; the {role} model ({configs[role].family}) is "
+                f"{kinds[not configs[role].causal]}; allowed: {kinds[method.bidirectional]} models"
+            )
         if configs[role].vocab_size != configs["target"].vocab_size:
             raise InputError(
                 f"vocab_size: the {role} model has {configs[role].vocab_size} tokens, the target "

@@ -141,6 +141,11 @@ def test_models_that_do_not_write_from_left_to_right():
         with pytest.raises(
             InputError, match=r"the (target|draft) model \(llada\) is bidirectional"
         ):
-            methods.build("autoregressive", configs, SamplingConfig())
+            methods.build(
+                "speculative_sampling", {"draft": tiny.DRAFT, **configs}, SamplingConfig()
+            )
+    # Models that a method does not use may be anything.
+    others = {"target": tiny.TARGET, "other": both_ways}
+    assert methods.build("autoregressive", others, SamplingConfig())
     with pytest.raises(InputError, match=r"fills masks; the target model \(llama\) is causal"):
         methods.build("llada", {"target": tiny.TARGET}, SamplingConfig())
