@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from decoding import generation, methods
 from decoding.generation import Event, Row
 from decoding.sampling import SamplingConfig
-from experiments import cli, generate, loading
+from experiments import generate, loading
 from models import hf_checkpoint, sizes, transformer
 from models.errors import InputError
 from models.tokenizer import Tokenizer
@@ -58,20 +58,6 @@ def directories(tmp_path_factory):
         draft=make_checkpoint(root / "draft", tokenizer, seed=1),
         plain=hf_fixtures.checkpoint("llama", root / "plain"),
     )
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the program in this process: (exit status, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.run_main(generate.main, generate.FLAGS)
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 import functools
 import json
-import sys
 
 import jax
 import pytest
 
 from decoding import generation, methods, stopping
 from decoding.sampling import SamplingConfig
-from experiments import cli, generate, unmasking_trace
+from experiments import unmasking_trace
 from models import hf_checkpoint, transformer
 from models.config import TransformerConfig
 from models.tokenizer import Tokenizer
@@ -32,20 +31,6 @@ def directory(tmp_path_factory):
     hf_checkpoint.save(path, config, params)
     bpe.save(tokenizer, path)
     return path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the program in this process: (exit status, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.run_main(generate.main, generate.FLAGS)
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
-
-    return run
 
 
 def built(directory):
