@@ -288,7 +288,7 @@ def _experts(config: TransformerConfig, names: dict[str, str]) -> dict[Path, Par
         ("down", "kernel"): Parameter((E, F, D), down),
     }
     if isinstance(config, GroupedExpertsConfig):
-        found["router_bias",] = _same(names["router_bias"], E)
+        found["router", "bias"] = _same(names["router_bias"], E)
         if config.shared_dim:
             shared = _mlp(config, names, config.shared_dim, "shared_")
             found |= {("shared_mlp", *path): p for path, p in shared.items()}

@@ -192,6 +192,19 @@ def grouped_top_k(
     return weights * config.routed_scale, experts
 
 
+class GroupedRouter(nn.Module):
+    """Logits of `grouped_top_k`, in float32 as published, and its bias, which has no gradient."""
+
+    num_experts: int
+
+    @nn.compact
+    def __call__(self, rows: jnp.ndarray) -> tuple[jnp.ndarray, jnp.ndarray]:
+        kernel = self.param("kernel", _initializer(0), (rows.shape[-1], self.num_experts))
+        bias = self.param("bias", nn.initializers.zeros, (self.num_experts,))
+        logits = rows.astype(jnp.float32) @ kernel.astype(jnp.float32)
+        return logits, jax.lax.stop_gradient(bias.astype(jnp.float32))
+
+
 class MoE(nn.Module):
     """Token-choice mixture of gated experts.
 
@@ -206,15 +219,13 @@ class MoE(nn.Module):
         config = self.config
         E, k, F = config.num_experts, config.experts_per_token, config.expert_dim
         grouped = config if isinstance(config, GroupedExpertsConfig) else None
-        # The published code routes in float32 where it has groups.
-        routed = x if grouped is None else x.astype(jnp.float32)
-        logits = Dense((E,), name="router")(routed).astype(jnp.float32).reshape(-1, E)
         tokens = x.reshape(-1, config.embed_dim)
         if grouped is None:
+            logits = Dense((E,), name="router")(tokens).astype(jnp.float32)
             chosen, experts = jax.lax.top_k(logits, k)
             weights = jax.nn.softmax(chosen, axis=-1)
         else:
-            bias = self.param("router_bias", nn.initializers.zeros, (E,)).astype(jnp.float32)
+            logits, bias = GroupedRouter(E, name="router")(tokens)
             weights, experts = grouped_top_k(grouped, logits, bias)
         # Tokens sorted by expert, so that each expert's product is one contiguous group.
         order = jnp.argsort(experts.reshape(-1), stable=True)
