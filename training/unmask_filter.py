@@ -236,13 +236,23 @@ def quality(score: np.ndarray, records: Records, bins: int = 10) -> dict[str, An
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Prompts of one kind: a field of a dataset's documents."""
+    """Prompts of one kind.
+
+    Attributes:
+      dataset, split: as `registry.load`.
+      options: of the dataset's builder.
+      field: of a document, which is the prompt.
+      num_prompts: how many.
+      prompt_tokens: a prompt is a random window of so many tokens of the field, of documents that
+        are twice as long; 0 for the field itself.
+    """
 
     dataset: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     field: str = "question"
     split: str = "validation"
     num_prompts: int = 300
+    prompt_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,16 +350,16 @@ def records_of(
         del work
         config, params = hf_checkpoint.load(directory)
         tokenizer = Tokenizer.from_directory(directory, config)
-        texts = [
-            row[source.field]
+        prompts = [
+            ids
             for source, rows in zip(chosen.sources, documents, strict=True)
-            for row in rows[: source.num_prompts]
+            for ids in _prompts(source, rows, tokenizer)
         ]
-        logging.info("collecting the oracle's records of %d prompts", len(texts))
+        logging.info("collecting the oracle's records of %d prompts", len(prompts))
         records = unmask_records.collect(
             config,
             params,
-            [tokenizer.encode_prompt(text) for text in texts],
+            prompts,
             block_length=chosen.block_length,
             new_tokens=chosen.new_tokens,
         )
@@ -365,7 +375,22 @@ def _documents(source: Source, cache: pathlib.Path) -> registry.Examples:
     own: dict[str, Any] = (
         {"data_dir": cache / "datasets"} if source.dataset in registry.BUILDERS else {}
     )
-    found = registry.load(source.dataset, source.split, **own, **dict(source.options))
+    return registry.load(source.dataset, source.split, **own, **dict(source.options))
+
+
+def _prompts(source: Source, rows: registry.Examples, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of a source's prompts; InputError where there are too few."""
+    order = np.random.default_rng(0)
+    found: list[list[int]] = []
+    for row in rows:
+        if len(found) == source.num_prompts:
+            break
+        ids, width = tokenizer.encode_prompt(row[source.field]), source.prompt_tokens
+        if not width:
+            found.append(ids)
+        elif len(ids) > 2 * width:
+            first = int(order.integers(0, len(ids) - width))
+            found.append(ids[first : first + width])
     if len(found) < source.num_prompts:
         raise InputError(
             f"num_prompts: {source.num_prompts} wanted, {source.dataset}/{source.split} has "

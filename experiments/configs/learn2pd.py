@@ -11,7 +11,7 @@ prompts that are not decoded here. The default preset has the published settings
 prompts of FLAN, canvases of 256, blocks of 32, tau 0.96) for files of your own; published at 1024
 tokens of GSM8K: 12.2x with the filter, 22.6x with end-of-text prediction too, 57.5x with a dual
 cache. `:offline` is the embedded model of sums; its filter learns from sums, and from text that the
-model was not trained for.
+model was not trained for. `:code` is that of Python code, which is far less sure of itself.
 """
 
 from typing import Any
@@ -58,6 +58,23 @@ def get_config(preset: str = "") -> ConfigDict:
                 for depth in _DEPTHS
             }
         )
+    elif preset == "code":
+        config.models.target = "code_mdlm"
+        config.data.update(num_prompts=16, prompt_tokens=48)
+        config.decode.update(max_new_tokens=64, batch_sizes=(8,), repeats=1, stop_at_eos=False)
+        block = 16
+        source = {
+            "dataset": "stdlib_code", "field": "text", "num_prompts": 64, "prompt_tokens": 48,
+        }  # fmt: skip
+        config.filters = ConfigDict(
+            {
+                f"{depth} layers": learned_filter(
+                    source, new_tokens=64, block_length=block, depth=depth, num_steps=4000,
+                    split_by="prompt",
+                )
+                for depth in _DEPTHS
+            }
+        )  # fmt: skip
     else:
         # Lines {"prompt": "..."}; published: 40 prompts of each of FLAN's 66 groups of tasks.
         config.data.update(
@@ -73,7 +90,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.filters = ConfigDict(
             {"2 layers": learned_filter(source, new_tokens=256, block_length=block, depth=2)}
         )
-    config.decode.methods = _methods(block)
+    config.decode.methods = _on_code(block) if preset == "code" else _methods(block)
     config.analyses = ("greedy oracle",)
     batch = config.decode.batch_sizes[0]
     where: dict[str, Any] = {"temperature": 0.0, "batch_size": batch}
@@ -84,6 +101,12 @@ def get_config(preset: str = "") -> ConfigDict:
         claim(BOTH, "speedup", 1.0, over=FILTER, **where),
         claim(BOTH + ", dual cache", "speedup", 1.0, over=BOTH, **where),
     )
+    if preset == "code":  # no text of code ends within its window
+        config.claims = (
+            claim(FILTER, "tokens_per_target_call", 3.0, over=PLAIN, **where),
+            claim(FILTER, "agreement", 1.0, over="threshold 0.9", **where),
+            claim(FILTER, "tokens_per_target_call", 1.0, over="threshold 0.9", **where),
+        )
     if preset == "offline":
         config.claims += (claim(FILTER, "exact_match", 0.99, over=PLAIN, **where),)
     return config
@@ -112,6 +135,22 @@ def _methods(block: int) -> tuple[ConfigDict, ...]:
         _filter(BOTH, block),
         _filter(f"{BOTH}, prefix cache", block, cache="prefix"),
         _filter(f"{BOTH}, dual cache", block, cache="dual"),
+    )  # fmt: skip
+
+
+def _on_code(block: int) -> tuple[ConfigDict, ...]:
+    """Single thresholds against tau and layers: quality is agreement with plain decoding."""
+    return (
+        method(PLAIN, "llada", block_length=block),
+        *(_threshold(least, block) for least in _THRESHOLDS),
+        *(
+            _filter(FILTER if tau == 0.96 else f"tau {tau:g}", block, eotp=False,
+                    filter_threshold=tau)
+            for tau in _TAUS
+        ),
+        *(_filter(f"{depth} layers", block, depth, eotp=False) for depth in _DEPTHS if depth != 2),
+        _filter(f"{FILTER}, prefix cache", block, eotp=False, cache="prefix"),
+        _filter(f"{FILTER}, dual cache", block, eotp=False, cache="dual"),
     )  # fmt: skip
 
 
