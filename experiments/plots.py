@@ -161,6 +161,8 @@ def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
         )  # fmt: skip
     if "x_scale" in spec:
         axis.set_xscale(spec["x_scale"])
+    if "y_scale" in spec:
+        axis.set_yscale(spec["y_scale"])
     if "x_ticks" in spec:
         axis.set_xticks(spec["x_ticks"], [str(tick) for tick in spec["x_ticks"]])
         axis.minorticks_off()
@@ -176,7 +178,7 @@ def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
 def lines(spec: Mapping[str, Any]) -> Figure:
     """A line chart: title, x_label, y_label and series of label, x and y.
 
-    A series of one point is drawn as a diamond. `x_scale` and `x_ticks` are optional.
+    A series of one point is drawn as a diamond. `x_scale`, `y_scale` and `x_ticks` are optional.
     """
     figure, (axis,) = _figure(1)
     figure.set_size_inches(6.4, 3.8)

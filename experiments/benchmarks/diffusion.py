@@ -57,7 +57,7 @@ def curves() -> dict[str, tuple[ConfigDict, ...]]:
         "LLaDA2.1": (
             _editing("LLaDA2.1, S", mode="S"),
             _editing("LLaDA2.1, Q", mode="Q"),
-            method("LLaDA2.0", "llada2", role="block", block_length=BLOCK, early_stop=False),
+            method("LLaDA2.0", "llada2", role="block", block_length=BLOCK),
         ),
         AUTOREGRESSIVE: (method(AUTOREGRESSIVE, "autoregressive", role="autoregressive"),),
     }
@@ -81,7 +81,8 @@ def _filter(label: str, threshold: float, **options: Any) -> ConfigDict:
 
 
 def _editing(label: str, **options: Any) -> ConfigDict:
-    return method(label, "llada21", role="editing", block_length=BLOCK, early_stop=False, **options)
+    # These models know 64 positions, so rows must end where their text does.
+    return method(label, "llada21", role="editing", block_length=BLOCK, **options)
 
 
 def config(repeats: int, num_prompts: int = 48, batch_size: int = 8) -> ConfigDict:
@@ -145,10 +146,11 @@ def charts(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             series.append({"label": curve, "x": list(x), "y": list(y)})
         found.append(
             {
-                "title": f"{y_label} over {x_label}",
+                "title": f"{y_label.capitalize()} over {x_label}",
                 "x_label": x_label,
                 "y_label": y_label,
                 "x_scale": "log",
+                "y_scale": "log" if y_field == "time" else "linear",
                 "series": series,
             }
         )
