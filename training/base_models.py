@@ -14,6 +14,8 @@ from typing import Any
 import tokenizers
 from absl import logging
 
+from decoding import methods
+from decoding.sampling import SamplingConfig
 from models import files, hf_checkpoint
 from models.errors import InputError
 from models.tokenizer import Tokenizer
@@ -23,13 +25,15 @@ from training import (
     batches,
     canvas_batches,
     checkpoints,
+    diffusion_rl,
     language_model,
     loop,
     masked_diffusion,
     metric_writers,
+    rollouts,
 )
 from training import tokenizers as tokenizer_training
-from training.datasets import registry
+from training.datasets import arithmetic, registry
 from training.language_model import Target, TrainConfig
 from training.recipes import (
     RECIPES,
@@ -37,6 +41,7 @@ from training.recipes import (
     AnsweringModel,
     BaseModel,
     MaskedDiffusionModel,
+    ReinforcedModel,
     recipe,
 )
 
@@ -173,6 +178,8 @@ def _train(
     run = {"workdir": work / "run", "identity": identity, "description": name}
     if isinstance(chosen, AlignedModel):
         trained = _align(chosen, config, cache, tokenizer, parents, run)
+    elif isinstance(chosen, ReinforcedModel):
+        trained = _reinforce(chosen, config, cache, tokenizer, parents, run)
     elif isinstance(chosen, MaskedDiffusionModel):
         trained = _diffuse(chosen, config, cache, tokenizer, parents, run)
     else:
@@ -255,6 +262,37 @@ def _diffuse(
         initial_params=hf_checkpoint.load(parents["start"])[1] if parents else None,
         **run,
     )
+
+
+def _reinforce(
+    chosen: ReinforcedModel,
+    config: TrainConfig,
+    cache: pathlib.Path,
+    tokenizer: Tokenizer,
+    parents: Mapping[str, pathlib.Path],
+    run: Mapping[str, Any],
+) -> loop.Result:
+    """Rewards right answers of the model's own."""
+    model = config.model
+    prompts = dataclasses.replace(config, batch_size=config.batch_size // chosen.policy.group_size)
+    train_batches, eval_batches = _canvases(chosen, prompts, cache, tokenizer)
+    sampling = SamplingConfig(temperature=chosen.temperature)
+    method = methods.build(chosen.method, {"target": model}, sampling, chosen.method_options)
+    return diffusion_rl.train(
+        config,
+        chosen.policy,
+        rollout=rollouts.completer(method, model),
+        reward=diffusion_rl.text_reward(tokenizer.decode, model.eos_token_ids, _same_answer),
+        initial_params=hf_checkpoint.load(parents["start"])[1],
+        train_batches=train_batches,
+        eval_batches=eval_batches,
+        **run,
+    )
+
+
+def _same_answer(text: str, reference: str) -> bool:
+    answer = arithmetic.extract_answer(reference)
+    return answer is not None and arithmetic.check_answer(text, answer)
 
 
 def _packed(

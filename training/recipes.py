@@ -9,6 +9,7 @@ from models.errors import InputError, check_choice
 from training import artifacts
 from training.batches import LOSS_ON
 from training.datasets import registry
+from training.diffusion_rl import Policy
 from training.fitting import Distillation, TrainConfig
 from training.masked_diffusion import Editing, Objective
 from training.optimizers import MuonConfig, OptimizerConfig
@@ -118,6 +119,32 @@ class MaskedDiffusionModel(AnsweringModel):
         return {"start": self.starts_from} if self.starts_from else {}
 
 
+@dataclasses.dataclass(frozen=True)
+class ReinforcedModel(MaskedDiffusionModel):
+    """The recipe of a masked diffusion model that is rewarded for right answers of its own.
+
+    `starts_from` is the model to improve; the dataset is arithmetic, whose answers can be checked.
+    See `training.diffusion_rl`.
+
+    Attributes:
+      policy: see `training.diffusion_rl.Policy`; `train.batch_size` counts completions.
+      method, method_options: how completions are drawn, see `decoding.methods`.
+      temperature: of the draws; above 0, or the completions of a prompt are all the same.
+    """
+
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    method: str = "llada21"
+    method_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.starts_from is None:
+            raise InputError("starts_from: None; reinforcement needs a model to improve")
+        if not self.temperature > 0:
+            raise InputError(f"temperature: {self.temperature} must be above 0")
+
+
 def _llama(layers: int, width: int, vocab_size: int) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=vocab_size,
@@ -215,6 +242,21 @@ def _wide_sums(editing: Editing | None) -> MaskedDiffusionModel:
     return _sums(500, 64, 16, 2e-3, objective=objective, starts_from="arithmetic_mdlm_short")
 
 
+def _reinforced_sums(start: str, block: int) -> ReinforcedModel:
+    """A model of sums, rewarded for right answers in the speedy mode of LLaDA2.1."""
+    train = _sums(100, 64, 32, 1e-4).train
+    optimizer = OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0)
+    return ReinforcedModel(
+        "arithmetic",
+        384,
+        dataclasses.replace(train, optimizer=optimizer, eval_every=25, checkpoint_every=25),
+        dataset_options=_SUMS,
+        starts_from=start,
+        policy=Policy(block=block),
+        method_options={"mode": "S", "block_length": block, "max_post_steps": 4},
+    )
+
+
 def _llada(layers: int, width: int, vocab_size: int) -> TransformerConfig:
     return _narrow(_llama(layers, width, vocab_size)).replace(
         family="llada", causal=False, mask_token_id=1
@@ -262,6 +304,7 @@ RECIPES: dict[str, BaseModel] = {
     "arithmetic_wide_mdlm": _wide_sums(None),
     "arithmetic_wide_edit": _wide_sums(Editing(corruption=0.3)),
     "arithmetic_wide_self": _wide_sums(Editing(corruption=0.3, turns=2)),
+    "arithmetic_wide_rl": _reinforced_sums("arithmetic_wide_edit", block=64),
     "arithmetic_ar": AnsweringModel(
         "arithmetic",
         384,
