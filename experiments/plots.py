@@ -155,8 +155,10 @@ def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
         alone = len(series["x"]) == 1
         # Many named settings are a list, not an axis: points are not joined.
         named = len(series["x"]) > 6 and isinstance(series["x"][0], str)
+        # When colours are used up, other marks tell the series apart.
+        single, mark = ("D", "o") if i < len(COLOURS) else ("P", "s")
         axis.plot(
-            series["x"], series["y"], "D" if alone else "o" if named else "o-",
+            series["x"], series["y"], single if alone else mark if named else f"{mark}-",
             color=COLOURS[i % len(COLOURS)], label=series["label"], ms=7 if alone else 4,
         )  # fmt: skip
     if "x_scale" in spec:
