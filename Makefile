@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 # Two workers suit two cores; override with `make test WORKERS=8`.
 WORKERS ?= 2
 # Systems with an offline reproduction.
-SYSTEMS := spectr rsd dyspec token_recycling aded bild
+SYSTEMS := spectr rsd dyspec token_recycling aded bild \
+  learn2pd ete window_diffusion llada21 enat mulo_sd
 
 .PHONY: help setup demo test unit lint format reproduce benchmark clean
 
@@ -48,6 +49,7 @@ reproduce: $(STAMP)
 	  $(BIN)/python -m experiments.run --config=experiments/configs/$$slug.py:offline --workdir=runs/reproduce/$$slug --fresh || exit 1; \
 	done
 	$(BIN)/python -m experiments.benchmark --suite=trees --workdir=runs/reproduce/trees
+	$(BIN)/python -m experiments.benchmark --suite=diffusion --workdir=runs/reproduce/diffusion
 	$(BIN)/python -m experiments.benchmark --suite=baseline --workdir=runs/reproduce/benchmark
 
 benchmark: $(STAMP)
