@@ -15,7 +15,7 @@ from decoding.unmasking.canvas import Schedule
 from decoding.unmasking.explore import Exploration
 from decoding.unmasking.method import unmasking
 from decoding.unmasking.selectors import Selector
-from experiments import results
+from experiments import information, results
 from models.config import TransformerConfig
 
 _VOCAB, _LENGTH, _COPIES = 3, 8, 64
@@ -72,8 +72,9 @@ def measure(
 ) -> tuple[dict[str, Any], list[results.Claim]]:
     """Mean rounds over the entropy of chains, rule by rule, at temperature 1.
 
-    The figure's `table` has for each rule the rounds, the tokens that were sure by round, and what
-    the texts lose: their mean surprise under the chain less the chain's entropy.
+    The figure's `table` has for each rule the rounds, the tokens that were sure by round, what
+    the texts lose (their mean surprise under the chain less the chain's entropy), and how well a
+    line through the chains' entropies explains the rounds.
     """
     del configs, params, prompts
     series: list[dict[str, Any]] = []
@@ -99,6 +100,7 @@ def measure(
                 "rounds": float(np.mean(rounds)),
                 "sure_a_round": float(np.mean(sure)) if sure else 0.0,
                 "lost_nats": float(np.mean(excess)),
+                "r_squared": information.r_squared(*np.array(points).T),
             }
         )
     by_label = {line["label"]: line for line in table}

@@ -55,7 +55,7 @@ def exploring_budget(exploit: float, entropies: Sequence[float]) -> float:
 
 
 class Rounds(NamedTuple):
-    """What each round wrote, a line for each row and round.
+    """What each round wrote, a line for each row and each of its model calls.
 
     Attributes:
       row: int [n].
@@ -143,7 +143,9 @@ def trace(
         law = _law(config)(params["target"], tokens, state.ends)
         old, active, block, ends = jax.device_get((tokens, state.active, state.inner.block,
                                                    state.ends))  # fmt: skip
+        calls = np.asarray(state.stats.target_calls)
         state, slots = generation.advance(params, state, slots, method, stop, rounds=1)
+        served = active & (np.asarray(state.stats.target_calls) > calls)  # others waited
         new = np.asarray(state.tokens)[:, : old.shape[1]]
         index = np.arange(old.shape[1])
         lengths = np.asarray(state.prompt_lengths)[:, None]
@@ -159,13 +161,13 @@ def trace(
         sure = sure_at(options, peak, masks & (index < reach))
         before = before[:, : old.shape[1]]
         grown = (sure & ~before).sum(axis=1)
-        for row in np.flatnonzero(active):
+        for row in np.flatnonzero(served):
             both = written[row] & sure[row]
             lines.append(
                 (row, written[row].sum(), both.sum(), nats[row].sum(), nats[row][both].sum(),
                  -1 if fresh[row] else grown[row])
             )  # fmt: skip
-        before, fresh = np.where(active[:, None], sure, before), fresh & ~active
+        before, fresh = np.where(served[:, None], sure, before), fresh & ~served
     tokens, lengths = jax.device_get((state.tokens, state.lengths))
     texts = [tokens[row, len(prompt) : lengths[row]].tolist() for row, prompt in enumerate(prompts)]
     return Rounds(*map(np.asarray, zip(*lines, strict=True))), texts
@@ -253,7 +255,7 @@ def measure(
                 "nats_a_round": float(nats.sum() / rounds.sum()),
                 "rescored_nats": float(np.mean(rescored)),
                 "newly_sure_a_round": float(grown.mean()) if len(grown) else 0.0,
-                "r_squared": _r_squared(nats, rounds),
+                "r_squared": r_squared(nats, rounds),
             }
         )
     figure = {
@@ -266,7 +268,8 @@ def measure(
     return figure, claims
 
 
-def _r_squared(x: np.ndarray, y: np.ndarray) -> float:
+def r_squared(x: np.ndarray, y: np.ndarray) -> float:
+    """Share of the variance of y that a line through x explains; 0 where either is constant."""
     if x.std() == 0 or y.std() == 0:
         return 0.0
     return float(np.corrcoef(x, y)[0, 1] ** 2)

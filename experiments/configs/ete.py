@@ -35,8 +35,9 @@ def get_config(preset: str = "") -> ConfigDict:
         config.decode.max_new_tokens = 96
     elif preset == "code":
         config.models.target = "code_mdlm"
-        config.data.update(num_prompts=16, prompt_tokens=32)
-        config.decode.update(max_new_tokens=96, stop_at_eos=False)
+        block = 16
+        config.data.update(num_prompts=16, prompt_tokens=48)
+        config.decode.update(max_new_tokens=64, stop_at_eos=False)
     else:
         config.data.update(
             dataset="jsonl_prompts", split="test", prompt_field="prompt", num_prompts=256,

@@ -64,7 +64,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.decode.update(max_new_tokens=64, batch_sizes=(8,), repeats=1, stop_at_eos=False)
         block = 16
         source = {
-            "dataset": "stdlib_code", "field": "text", "num_prompts": 64, "prompt_tokens": 48,
+            "dataset": "stdlib_code", "field": "text", "num_prompts": 40, "prompt_tokens": 48,
         }  # fmt: skip
         config.filters = ConfigDict(
             {
