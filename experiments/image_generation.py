@@ -74,7 +74,9 @@ def load_networks(config: ConfigDict) -> Networks:
         path = directory / base_models.SUMMARY_FILE
         if path.exists():
             trained = json.loads(path.read_text())
-            summary |= {name: trained[name] for name in _SUMMARY if name in trained}
+            # The others' losses are no nats a token.
+            kept = ("seconds",) if role in _OTHERS else _SUMMARY
+            summary |= {name: trained[name] for name in kept if name in trained}
         summaries.append(summary)
     others = [masked.pop(role) for role in _OTHERS]
     data = ImageData(
@@ -145,7 +147,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         network = networks.masked[method.model]
         found = draw(network, method.sampler, count=config.quality.num_images, **given)
         drawn[method.label] = found
-        records.append(_record(config, method, network[0], found, measure(np.asarray(found.ids))))
+        first = drawn[methods[0].label]
+        quality = measure(np.asarray(found.ids))
+        records.append(_record(config, method, network[0], found, first, quality))
     _time(config, networks, methods, records)
     analyses, figures, claims = {}, {}, []
     for name in config.analyses:
@@ -223,12 +227,14 @@ def _record(
     method: Method,
     model: enat.ENATConfig,
     found: Sampled,
+    first: Sampled,
     quality: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One line of the results, but for its times."""
+    """One line of the results, but for its times; `first` are the first method's images."""
     work = {name: int(value[0]) for name, value in found.stats.extra.items()}
     calls = int(found.stats.target_calls[0])
     macs = mask_predict.macs(model, method.sampler) / 1e6
+    same = found.ids == first.ids
     return {
         "label": method.label,
         "method": method.model,
@@ -242,9 +248,9 @@ def _record(
         "accuracy": quality["accuracy"],
         "role": "target",
         "keeps_law": False,
-        "identical_rows": 0,
+        "identical_rows": int(same.all(1).sum()),
         "rows": len(found.ids),
-        "agreement": 0.0,
+        "agreement": float(same.mean()),
         "lossless": {"check": "images are compared by their quality"},
     }
 

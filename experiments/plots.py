@@ -232,5 +232,6 @@ def training_curves(models: Sequence[Mapping[str, Any]]) -> Figure | None:
     axes[1].set_ylabel("bits per byte")
     for axis in axes:
         axis.set_xlabel("step")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     return figure

@@ -87,6 +87,9 @@ def main(argv: list[str]) -> None:
     workdir = Path(_WORKDIR.value)
     found = execute(_CONFIG.value, workdir, fresh=_FRESH.value)
     print(comparison.table(found["runs"]))
+    for run in found["runs"]:
+        if "quality" in run:
+            print(run["label"], *(f"{name} {value:.4g}" for name, value in run["quality"].items()))
     for claim in found["claims"]:
         mark = "held" if claim.held else "NOT HELD"
         print(f"[{mark}] {claim.name}: {claim.measured:.4g} (bound {claim.bound})")

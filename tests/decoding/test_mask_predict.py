@@ -34,7 +34,7 @@ def params_of(config):
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
     return jax.tree.unflatten(
-        tree, [x + 0.4 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
+        tree, [np.asarray(x) + 0.4 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
     )
 
 

@@ -22,9 +22,9 @@ def tiny_params():
     """Random parameters, biases and scales included, so that every one of them matters."""
     params = init(TINY, jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
-    return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise)])
+    rng = np.random.default_rng(1)
+    noisy = [np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
+    return jax.tree.unflatten(tree, noisy)
 
 
 # One compilation for all tests.

@@ -112,6 +112,10 @@ def state():
     return jax.jit(lambda: masked_image.init_state(CONFIG))()
 
 
+def noisy(rng):
+    return lambda x: np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(np.float32)
+
+
 def batch_of(config, seed, want_reuse):
     for number in range(100):
         rng = np.random.default_rng((seed, number))
@@ -124,7 +128,7 @@ def batch_of(config, seed, want_reuse):
 def test_reused_features_are_the_averaged_networks_on_old_tokens_alone():
     batch = batch_of(CONFIG, 0, True)
     rng = np.random.default_rng(3)
-    ema = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), state().ema)
+    ema = jax.tree.map(noisy(rng), state().ema)
     reuse = jax.jit(functools.partial(masked_image.reused_features, CONFIG))
     found = reuse(ema, batch["ids"], batch["labels"], batch["old"])
     masked = np.ones((B, N), bool)
@@ -151,7 +155,7 @@ def test_reused_features_are_the_averaged_networks_on_old_tokens_alone():
 def test_the_loss_is_smoothed_cross_entropy_of_masked_tokens():
     batch = batch_of(plain(), 1, False)
     rng = np.random.default_rng(4)
-    params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), state().params)
+    params = jax.tree.map(noisy(rng), state().params)
     loss_fn = jax.jit(functools.partial(masked_image.loss_fn, plain()), static_argnums=4)
     reused = jnp.zeros((B, N, MODEL.embed_dim))
     loss, nats = loss_fn(params, batch, batch["labels"], reused, None)
