@@ -309,10 +309,13 @@ def test_the_config_names_methods_and_options_that_exist(preset):
     config = module.get_config(preset)
     json.loads(config.to_json())
     labels = [entry.label for entry in config.decode.methods]
-    assert labels[0] == "plain" and len(set(labels)) == len(labels) == 7
+    assert labels[0] == "plain" and len(set(labels)) == len(labels) == 9
     for entry in config.decode.methods:
-        assert tiny.build(entry.method, **entry.options.to_dict()).memory or not entry.hot
-    assert {name for claim in config.claims for name in (claim.label, claim.over)} <= {*labels}
+        learns = tiny.build(entry.method, **entry.options.to_dict()).memory
+        assert learns or not (entry.hot or entry.corpus)
+    assert sum(entry.corpus for entry in config.decode.methods) == 5
+    named = {name for claim in config.claims for name in (claim.label, claim.over)}
+    assert named <= {*labels, ""}  # a bound of its own is over none
 
 
 def test_the_sweep_varies_one_option_at_a_time():

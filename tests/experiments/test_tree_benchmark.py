@@ -31,7 +31,7 @@ def test_every_method_has_the_same_nodes(temperature):
 def test_memory_that_follows_the_vocabulary_is_logits_and_the_drafters_distributions():
     """Arrays [N, V] alive at once: one for deterministic drafts, at most two for a sampled beam."""
     chosen = {
-        "RSD-S": ("rsd_s", {"width": 16, "depth": 2}),
+        "RSD-S": ("rsd_s", {"width": 8, "depth": 4}),
         "Token Recycling": ("token_recycling", {"template": "nodes32"}),
     }
     found = tree_cost.memory(TINY, vocabularies=(2048, 4096), slots=128, nodes=32, entries=chosen)
