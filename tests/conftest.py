@@ -15,3 +15,19 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+import pytest  # noqa: E402  (after the environment that JAX reads)
+
+# A process may have 65,530 memory mappings (Linux), and every compiled program takes several.
+_MANY_MAPPINGS = 15_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_mappings():
+    """Drops compiled programs between modules before the process runs out of mappings."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
