@@ -39,6 +39,9 @@ class SamplerConfig:
       anneal_sampling: linearly towards 0 (ENAT); False to keep it (MaskGIT).
       reuse: whether the disentangled network reuses features; False encodes all visible tokens
         anew at every step.
+      project_once: True projects the features that a token was encoded with, at every step anew.
+        False, as the official code, projects what the step before has projected, again and again,
+        though training does so only once.
     """
 
     steps: int = 8
@@ -47,6 +50,7 @@ class SamplerConfig:
     sampling_temperature: float = 6.0
     anneal_sampling: bool = True
     reuse: bool = True
+    project_once: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -167,7 +171,10 @@ def sample(
             reused=features[: branches * B] if old else None,
         )
         # Nothing is visible in the first step, so that its features are never reused.
-        features = output.features if branches == 2 else jnp.tile(output.features, (2, 1, 1))
+        found = output.features if branches == 2 else jnp.tile(output.features, (2, 1, 1))
+        if sampler.project_once:
+            found = jnp.where(jnp.tile(before, (2, 1))[..., None], found, features)
+        features = found
         logits = guided(output.logits, sampler.scale(step))
         tokens, confidence = draw(logits, keys, step, indices.masked, sampler, N)
         before = masked if sampler.reuse else before

@@ -70,7 +70,10 @@ def plain_loop(config, sampler, keys, classes):
             before, feat = (None, None) if state is None else state
             indices = enat.indices_of(masked, before)
             out = apply(config, params, ids, labels, indices, reused=feat)
-            previous[branch] = (masked, out.features)
+            features = np.array(out.features)
+            if sampler.project_once and state is not None:
+                features[~before] = feat[~before]
+            previous[branch] = (masked, features)
             grid = np.zeros((rows, N, K))
             np.put_along_axis(grid, np.asarray(indices.masked)[..., None], out.logits, axis=1)
             log_probs[branch] = grid
@@ -95,12 +98,13 @@ def plain_loop(config, sampler, keys, classes):
 
 
 @pytest.mark.parametrize(
-    "config,reuse",
-    [(CONFIG, True), (CONFIG, False), (UNIFORM, True)],
-    ids=["enat", "no reuse", "uniform"],
+    "config,options",
+    [(CONFIG, {}), (CONFIG, {"project_once": True}), (CONFIG, {"reuse": False}), (UNIFORM, {})],
+    ids=["enat", "project once", "no reuse", "uniform"],
 )
-def test_the_sampler_is_the_plain_loop(config, reuse):
-    sampler = dataclasses.replace(SAMPLER, reuse=reuse)
+def test_the_sampler_is_the_plain_loop(config, options):
+    # Four steps: the third is the first to project features that were projected before.
+    sampler = dataclasses.replace(SAMPLER, **{"steps": 4, **options})
     found = draw(config, sampler)
     expected = plain_loop(config, sampler, KEYS, CLASSES)
     np.testing.assert_array_equal(found.trace, expected)
