@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from decoding import randomness
 from decoding.unmasking import mask_predict
 from decoding.unmasking.mask_predict import Sampled, SamplerConfig
-from experiments import image_metrics, image_probes, pictures, results, timing
+from experiments import image_metrics, image_probes, image_sheet, pictures, results, timing
 from models import enat, files, image_classifier, vq
 from models.errors import InputError, check_choice
 from training import base_models, image_models, image_tokens
@@ -49,6 +49,11 @@ class Networks(NamedTuple):
     data: ImageData
     tokenizer_directory: Path
     summaries: list[dict[str, Any]]
+
+    @property
+    def side(self) -> int:
+        """Tokens along a side of an image."""
+        return self.data.sizes[0] // self.tokenizer[0].factor
 
 
 class Method(NamedTuple):
@@ -125,9 +130,8 @@ def draw(
 
 
 def decoder(networks: Networks) -> Callable[[Any], np.ndarray]:
-    """A function from ids int [n, N] to images float [n, H, W, C]; N a square or `data.size`'s."""
-    config, params = networks.tokenizer
-    side = networks.data.sizes[0] // config.factor
+    """A function from ids int [n, N] to images float [n, H, W, C]."""
+    (config, params), side = networks.tokenizer, networks.side
     decode = jax.jit(functools.partial(vq.decode, config))
     return lambda ids: np.asarray(decode(params, jnp.asarray(ids).reshape(-1, side, side)))
 
@@ -162,8 +166,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         )
         claims += found_claims
     shown = _pictures(config, networks, methods, drawn, images_of)
-    sheet = np.concatenate([entry.pop("sheet") for entry in shown if "sheet" in entry])
-    results.write_bytes(workdir / "images.png", pictures.png(sheet))
+    rows = [
+        (label, images_of(found.ids[: config.pictures.columns]), None)
+        for label, found in drawn.items()
+    ]
+    results.write_bytes(workdir / "images.png", image_sheet.png(rows, networks.side))
     return {
         "models": networks.summaries,
         "runs": records,
@@ -194,8 +201,7 @@ def judge(
         networks.tokenizer_directory, data, data.eval_split, files.cache_root()
     )
     real = np.asarray(tokens.ids[:count])
-    vq_config = networks.tokenizer[0]
-    side = data.sizes[0] // vq_config.factor
+    side, codes = networks.side, networks.tokenizer[0].codebook_size
 
     def measure(ids: np.ndarray | None) -> dict[str, float]:
         mine = real if ids is None else ids
@@ -208,7 +214,7 @@ def judge(
             "precision": precision,
             "recall": recall,
             "bigram_kl": image_metrics.bigram_divergence(
-                real.reshape(-1, side, side), mine.reshape(-1, side, side), vq_config.codebook_size
+                real.reshape(-1, side, side), mine.reshape(-1, side, side), codes
             ),
         }
         if ids is None:
@@ -317,17 +323,15 @@ def _pictures(
     shown: list[dict[str, Any]] = []
     for method in methods:
         ids = drawn[method.label].ids[:count]
-        sheet = pictures.tile(images_of(ids), columns)
-        source = pictures.data_uri(pictures.png(sheet), "png")
-        shown.append({"title": method.label, "source": source, "sheet": sheet})
+        source = pictures.data_uri(pictures.png(pictures.tile(images_of(ids), columns)), "png")
+        shown.append({"title": method.label, "source": source})
     label = config.pictures.animated
     check_choice("config.pictures.animated", label, drawn)
     model = networks.masked[next(m.model for m in methods if m.label == label)][0]
     frames = []
     for ids in drawn[label].trace[:, :count]:
         images = images_of(np.where(ids == model.mask_id, 0, ids))
-        side = networks.data.sizes[0] // networks.tokenizer[0].factor
-        hidden = (ids == model.mask_id).reshape(-1, side, side, 1)
+        hidden = (ids == model.mask_id).reshape(-1, networks.side, networks.side, 1)
         factor = networks.tokenizer[0].factor
         hidden = hidden.repeat(factor, 1).repeat(factor, 2)
         frames.append(pictures.tile(np.where(hidden, 0.5, images), columns))
