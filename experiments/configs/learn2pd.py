@@ -23,7 +23,7 @@ from experiments.config_parts import claim, comparison, learned_filter, method
 PLAIN = "one token a step"
 FILTER = "filter"
 BOTH = "filter, end of text"
-_THRESHOLDS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
+_THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 _TAUS = (0.8, 0.9, 0.96, 0.99)
 _DEPTHS = (1, 2, 4)
 
@@ -155,35 +155,26 @@ def _on_code(block: int) -> tuple[ConfigDict, ...]:
 
 
 def sweep() -> list[dict[str, object]]:
-    """For `:offline`: tau against single thresholds, layers, and the length of the canvas."""
+    """For `:offline`: the length of the canvas, on which cutting it early depends.
+
+    Thresholds, tau and layers are side by side in `:code`; on sums they are all alike.
+    """
     block = 16
-    plain = method(PLAIN, "llada", block_length=block)
-    none: dict[str, object] = {"analyses": (), "claims": ()}
-    found = [
-        {**none, "decode.methods": (plain, *map(entry, values)), "decode.repeats": 1, "name": name}
-        for name, entry, values in (
-            ("thresholds", lambda t: _threshold(t, block), _THRESHOLDS),
-            (
-                "tau",
-                lambda t: _filter(f"tau {t:g}", block, eotp=False, filter_threshold=t),
-                _TAUS,
+    return [
+        {
+            "decode.methods": (
+                method(PLAIN, "llada", block_length=block),
+                method("end of text", "learn2pd", rule="quota", block_length=block),
+                _filter(FILTER, block, eotp=False),
+                _filter(BOTH, block),
+                _filter(f"{BOTH}, dual cache", block, cache="dual"),
             ),
-            ("layers", lambda d: _filter(f"{d} layers", block, d, eotp=False), _DEPTHS),
-        )
+            "decode.repeats": 1,
+            "decode.max_new_tokens": canvas,
+            "data.num_prompts": 8,
+            "analyses": (),
+            "claims": (),
+            "name": f"canvas {canvas}",
+        }
+        for canvas in (64, 128, 256, 512)
     ]
-    for canvas in (64, 128, 256, 512):
-        methods = (
-            plain,
-            method("end of text", "learn2pd", rule="quota", block_length=block),
-            _filter(FILTER, block, eotp=False),
-            _filter(BOTH, block),
-            _filter(f"{BOTH}, dual cache", block, cache="dual"),
-        )
-        found.append(
-            {
-                **none, "decode.methods": methods, "decode.repeats": 1,
-                "decode.max_new_tokens": canvas, "data.num_prompts": 8,
-                "name": f"canvas {canvas}",
-            }
-        )  # fmt: skip
-    return found
