@@ -50,10 +50,10 @@ def curves() -> dict[str, tuple[ConfigDict, ...]]:
             _filter("Learn2PD + EoTP + dual cache", 0.96, cache="dual"),
         ),
         "Window-Diffusion": (
-            method("Window-Diffusion", "window_diffusion"),
+            method("Window-Diffusion", "window_diffusion", early_stop=False),
             method("Window-Diffusion, adaptive", "window_diffusion", adaptive_length=True),
         ),
-        "ETE": (method("ETE", "ete", block_length=BLOCK),),
+        "ETE": (method("ETE", "ete", block_length=BLOCK, early_stop=False),),
         "LLaDA2.1": (
             _editing("LLaDA2.1, S", mode="S"),
             _editing("LLaDA2.1, Q", mode="Q"),
