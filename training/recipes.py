@@ -242,8 +242,8 @@ def _wide_sums(editing: Editing | None) -> MaskedDiffusionModel:
     return _sums(500, 64, 16, 2e-3, objective=objective, starts_from="arithmetic_mdlm_short")
 
 
-def _reinforced_sums(start: str, block: int) -> ReinforcedModel:
-    """A model of sums, rewarded for right answers in the speedy mode of LLaDA2.1."""
+def _reinforced_wide_sums(start: str) -> ReinforcedModel:
+    """Sums in one block, rewarded for right answers in the speedy mode of LLaDA2.1."""
     train = _sums(100, 64, 32, 1e-4).train
     optimizer = OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0)
     return ReinforcedModel(
@@ -252,8 +252,8 @@ def _reinforced_sums(start: str, block: int) -> ReinforcedModel:
         dataclasses.replace(train, optimizer=optimizer, eval_every=25, checkpoint_every=25),
         dataset_options=_SUMS,
         starts_from=start,
-        policy=Policy(block=block),
-        method_options={"mode": "S", "block_length": block, "max_post_steps": 4},
+        policy=Policy(block=None, timesteps=2),
+        method_options={"mode": "S", "block_length": 64, "max_post_steps": 4},
     )
 
 
@@ -304,7 +304,7 @@ RECIPES: dict[str, BaseModel] = {
     "arithmetic_wide_mdlm": _wide_sums(None),
     "arithmetic_wide_edit": _wide_sums(Editing(corruption=0.3)),
     "arithmetic_wide_self": _wide_sums(Editing(corruption=0.3, turns=2)),
-    "arithmetic_wide_rl": _reinforced_sums("arithmetic_wide_edit", block=64),
+    "arithmetic_wide_rl": _reinforced_wide_sums("arithmetic_wide_edit"),
     "arithmetic_ar": AnsweringModel(
         "arithmetic",
         384,
