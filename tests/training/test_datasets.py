@@ -295,8 +295,8 @@ def test_errors_of_load(tmp_path):
         load("arithmetic", sise=3)
     with pytest.raises(InputError, match="path: dataset 'jsonl_prompts' needs this option"):
         load("jsonl_prompts")
-    with pytest.raises(InputError, match=r"levels: \[9\] must be some of"):
-        load("arithmetic", levels=(9,))
+    with pytest.raises(InputError, match=r"levels: \[10\] must be some of"):
+        load("arithmetic", levels=(10,))
     with pytest.raises(InputError, match="size: 0 must be at least 1"):
         load("arithmetic", size=0)
     with pytest.raises(InputError, match=r"root: .* is not a folder"):
