@@ -314,20 +314,19 @@ def windowed(
         S = view.tokens.shape[1]
         plan = plan_of(view, store)
         count = plan.computed.sum(axis=1)
-        bounded = window.most is not None and not dream
-        widths = _widths(
-            window.active + window.tokens_per_step, min(window.most or S, S) if bounded else S
-        )
-        branches: list[Callable[[kv.KVCache], tuple[kv.KVCache, Prediction]]] = [
-            lambda cache, width=width: part(params, view, plan, cache, read, width)  # type: ignore
-            for width in widths
-        ]
+        most = S if dream or window.most is None else min(window.most, S)
+        widths = _widths(window.active + window.tokens_per_step, most)
+
+        def branch(width: int) -> Callable[[kv.KVCache], tuple[kv.KVCache, Prediction]]:
+            return lambda cache: part(params, view, plan, cache, read, width)
+
+        branches = [branch(width) for width in widths]
+        # The narrowest call that holds what every row needs.
         which = jnp.searchsorted(jnp.asarray(widths), count.max())
         if not dream:
             branches.append(lambda cache: whole(params, view, plan, cache, read))
             # All rows that are not done are at the same step of a phase.
-            refresh = (plan.full & view.active).any()
-            which = jnp.where(refresh, len(widths), jnp.minimum(which, len(widths) - 1))
+            which = jnp.where((plan.full & view.active).any(), len(widths), which)
         cache = kv.truncate(store.cache, jnp.zeros_like(view.ends))
         cache, prediction = kv.switch(which, branches, cache)
         return Call(

@@ -43,11 +43,12 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset == "offline":
         config.models.target = "arithmetic_mdlm"
         config.data.update(dataset="arithmetic", answer_field="solution")
+        config.data.builder_options = ConfigDict({"size": 30_000, "levels": (7,)})
         config.decode.max_new_tokens = 96
     elif preset == "code":
         config.models.target = "code_mdlm"
-        config.data.update(prompt_field="", answer_field="", num_prompts=16, prompt_tokens=64)
-        config.decode.update(max_new_tokens=192, stop_at_eos=False)
+        config.data.update(prompt_field="", answer_field="", num_prompts=8, prompt_tokens=64)
+        config.decode.update(max_new_tokens=192, stop_at_eos=False, repeats=1)
     else:
         config.data.update(dataset="jsonl_prompts", split="train", num_prompts=200)
         config.data.builder_options = ConfigDict({"path": "data/problems.jsonl"})
@@ -80,10 +81,10 @@ def _methods() -> tuple[ConfigDict, ...]:
 
 
 def sweep() -> list[dict[str, object]]:
-    """Over A, W and R, and over the length of the canvas, whose model need not have been trained
-    on it: times do not depend on that.
+    """Over A, W and R, and over the generated length, up to canvases of 1024 positions.
 
-    W is at least A + R where a method has a far field.
+    W is at least A + R where there is a far field. Models need not have been trained on long
+    canvases for their times.
     """
     axes: dict[str, list[ConfigDict]] = {
         "A": [_window(f"A = {a}", active_tokens=a) for a in (4, 8, 16, 32)],
@@ -95,7 +96,13 @@ def sweep() -> list[dict[str, object]]:
     }
     plain = _fixed(PLAIN, "llada", block_length=0)
     found: list[dict[str, object]] = [
-        {"decode.methods": (plain, *entries), "analyses": (), "claims": (), "name": name}
+        {
+            "decode.methods": (plain, *entries),
+            "decode.repeats": 1,
+            "analyses": ("surprise",),
+            "claims": (),
+            "name": name,
+        }
         for name, entries in axes.items()
     ]
     for length in (64, 192, 448, 960):
