@@ -69,8 +69,19 @@ def load_networks(config: ConfigDict) -> Networks:
     directory."""
     cache = files.cache_root()
     masked, summaries, found = {}, [], {}
+    # Networks learn from the config's dataset, through its tokeniser.
+    given = {
+        "tokenizer": config.models.tokenizer,
+        "data.dataset": config.data.dataset,
+        "data.options": config.data.builder_options.to_dict(),
+        "data.data_dir": config.data.data_dir or None,
+    }
     for role, source in config.models.items():
-        directory = found[role] = image_models.resolve(source, cache)
+        if source in image_models.RECIPES and role not in _OTHERS:
+            directory = image_models.ensure(source, cache_dir=cache, overrides=given)
+        else:
+            directory = image_models.resolve(source, cache)
+        found[role] = directory
         load = {"tokenizer": vq.load, "classifier": image_classifier.load}.get(role, enat.load)
         loaded: Any = load(directory)
         masked[role] = loaded

@@ -138,6 +138,26 @@ def _digits_masked(encoder: int, decoder: int, **more: Any) -> MaskedImageModel:
     )
 
 
+def _imagenet_masked(model: ENATConfig) -> MaskedImageModel:
+    """The published training at 256 pixels, for a tokeniser and a dataset of your own."""
+    return MaskedImageModel(
+        ImageData("imagenet2012", sizes=(256,)),
+        masked_image.TrainConfig(
+            model=model,
+            run=RunConfig(
+                num_steps=500_000, batch_size=2048, log_every=100, eval_every=5000,
+                checkpoint_every=5000,
+            ),
+            optimizer=OptimizerConfig(
+                learning_rate=4e-4, warmup_steps=5000, final_fraction=1.0, weight_decay=0.03,
+                beta1=0.99, beta2=0.99, clip_norm=None,
+            ),
+        ),
+        tokenizer="checkpoints/vq",
+        flip=True,
+    )  # fmt: skip
+
+
 RECIPES: dict[str, Any] = {
     # One codebook for the three sizes of the digits.
     "digits_vq32": VQModel(
@@ -177,6 +197,8 @@ RECIPES: dict[str, Any] = {
     "digits_enat_e1d5": _digits_masked(1, 5),
     "digits_nat_l6": _digits_masked(6, 0, disentangled=False),
     "digits_nat_l3": _digits_masked(3, 0, disentangled=False),
+    "imagenet_enat_l": _imagenet_masked(enat.ENAT_L),
+    "imagenet_nat_l": _imagenet_masked(dataclasses.replace(enat.ENAT_L, disentangled=False)),
 }
 
 

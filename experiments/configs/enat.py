@@ -3,10 +3,12 @@
     python -m experiments.run --config=experiments/configs/enat.py:offline --workdir=runs/enat
     python -m experiments.sweep --config=experiments/configs/enat.py:offline --workdir=runs/e
 
-`:offline` trains on digits of 32 pixels (8x8 tokens) in minutes. The default draws 256-pixel images
-of ImageNet's classes in the published setting from models of your own, as directories
-(`checkpoints/...`); COCO, or another dataset that tfds has prepared on this machine, is a matter
-of `--config.data.dataset=...`.
+`:offline` trains on digits of 32 pixels (8x8 tokens) in minutes. The default trains and draws
+256-pixel images of ImageNet's classes in the published setting, with a tokeniser and a classifier
+of your own (directories, `checkpoints/...`). Another labelled dataset that tfds has prepared on
+this machine, by its name or folder, is a matter of `--config.data.dataset=...` and
+`--config.data.data_dir=...`, a network of your own of `--config.models.enat=DIR`. The variant that
+is conditioned on text is not here.
 """
 
 from typing import Any
@@ -42,8 +44,8 @@ def get_config(preset: str = "") -> ConfigDict:
         {
             "tokenizer": "checkpoints/vq",
             "classifier": "checkpoints/classifier",
-            "uniform": "checkpoints/nat",
-            "enat": "checkpoints/enat",
+            "uniform": "imagenet_nat_l",
+            "enat": "imagenet_enat_l",
         }
     )
     config.baseline = "uniform"

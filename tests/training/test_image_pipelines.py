@@ -16,6 +16,7 @@ from training import (
     image_batches,
     image_models,
     image_tokens,
+    optimizers,
     vq_tokenizer,
 )
 from training import image_classifier as classifier_training
@@ -73,6 +74,33 @@ def test_labelled_images(cache):
     assert cropped.identity != source.identity
     with pytest.raises(InputError, match=r"image_field: 'picture' is not among .* image, label"):
         LabelledImages(examples, image_field="picture")
+
+
+def test_a_prepared_folder_is_a_dataset_too(cache):
+    """What a public dataset is to a config: a name and a folder, cropped to the size asked for."""
+    own = digits(cache)
+    folder = next((cache / "datasets").rglob("dataset_info.json")).parent
+    data = ImageData(str(folder), sizes=(8,))
+    source = image_batches.load_images(data, "test", 8, cache)
+    assert len(source) == len(own)
+    halved = own[0]["images"].reshape(8, 2, 8, 2, 1).mean((1, 3))
+    np.testing.assert_allclose(source[0]["images"], halved, atol=1.01 / 255)  # rounded once more
+    assert image_batches.data_identity(data, cache) == [source.identity]
+
+
+def test_the_published_training():
+    chosen = image_models.recipe("imagenet_enat_l", {"data.dataset": "mine"})
+    assert (chosen.data.dataset, chosen.data.sizes, chosen.flip) == ("mine", (256,), True)
+    train = chosen.train
+    assert (train.run.num_steps, train.run.batch_size) == (500_000, 2048)
+    rates = optimizers.schedule(train.optimizer, train.run.num_steps)
+    assert [float(rates(step)) for step in (0, 2500, 5000, 499_999)] == pytest.approx(
+        [0, 2e-4, 4e-4, 4e-4]
+    )
+    assert (train.optimizer.beta1, train.optimizer.beta2) == (0.99, 0.99)
+    assert (train.optimizer.weight_decay, train.ema_decay) == (0.03, 0.9999)
+    assert (train.label_smoothing, train.reuse_probability) == (0.1, 0.5)
+    assert (train.model.encoder_layers, train.model.decoder_layers) == (22, 2)
 
 
 def test_batches_of_several_sources_come_in_turn_and_go_on_where_they_were():
