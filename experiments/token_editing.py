@@ -1,8 +1,8 @@
 """Token editing measured: exact answers over tokens per call, repairs, edits by call.
 
 A comparison of methods (`experiments/comparison.py`) with four further measurements. Models are
-`config.models`: 'target' was trained to edit, 'masked' was not; 'own', where given, learned from
-its own errors beside random ones.
+`config.models`: 'target' was trained to edit, 'masked' was not. Where they are given, 'own' learned
+from its own errors beside random ones, and 'reinforced' is the target after EBPO.
 """
 
 import functools
@@ -294,6 +294,20 @@ def _claims(
                     f"{name}: exact answers gained", own["exact_match"] - other["exact_match"], 0.0
                 ),
             ]
+    if "reinforced" in at:
+        before, after = at["target"][0.5, 0.0], at["reinforced"][0.5, 0.0]
+        claims += [
+            results.at_least(
+                "reinforced, S mode: exact answers gained",
+                after["exact_match"] - before["exact_match"],
+                0.0,
+            ),
+            results.at_least(
+                "reinforced, S mode: ratio of tokens per call",
+                after["tokens_per_call"] / before["tokens_per_call"],
+                1.0,
+            ),
+        ]
     return claims
 
 

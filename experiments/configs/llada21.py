@@ -34,6 +34,7 @@ _OFFLINE: dict[str, tuple[int, dict[str, str]]] = {
             "target": "arithmetic_wide_edit",
             "masked": "arithmetic_wide_mdlm",
             "own": "arithmetic_wide_self",
+            "reinforced": "arithmetic_wide_rl",
         },
     ),
     "blocks": (16, {"target": "arithmetic_edit_mdlm", "masked": "arithmetic_block_mdlm"}),
