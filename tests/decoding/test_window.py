@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from decoding import generation, loop, methods, randomness, stopping
 from decoding.sampling import SamplingConfig
@@ -259,13 +260,27 @@ def test_rows_are_alone_whatever_is_beside_them_and_nothing_is_compiled_twice():
     assert split == rows
 
 
-def test_rows_of_the_dream_form_are_alone_too():
-    """Some rows refresh at every step, beside others in the middle of a phase."""
-    drawn = {"variant": "dream", "shifted": True, "adaptive_length": True, "alg_temp": 0.5}
-    method = build(1.0, **drawn)
-    rows = masked.decode(method)
-    assert 0 < sum(row.finish_reason == "eos" for row in rows) < 8
-    assert masked.decode(method, [tiny.PROMPTS[4]], row_ids=[4]) == [rows[4]]
+def test_positions_may_be_drawn_and_the_draw_is_a_rows_own():
+    """Dream's alg_temp: softmax(score / temperature), whatever the canvas is padded to."""
+    _, _, view, _ = phase(4, 8)
+    rows, temperature = 4000, 0.5
+    selector = window_diffusion.rate(1, "constant", "confidence", temperature)
+    score = np.linspace(0.0, 1.0, 4)
+    drawn = {}
+    for S in (4, 6):
+        masked_ = jnp.broadcast_to(jnp.arange(S) < 4, (rows, S))
+        tokens = jnp.zeros((rows, S), jnp.int32)
+        many = view.replace(
+            tokens=tokens, masked=masked_, open=masked_, step=jnp.zeros(rows, jnp.int32),
+            calls=jnp.full(rows, 3), keys=randomness.row_keys(0, jnp.arange(rows)),
+        )  # fmt: skip
+        sure = jnp.broadcast_to(jnp.asarray([*score, 9.0, 9.0][:S]), (rows, S))
+        said = Prediction(jnp.ones((rows, S), bool), tokens, sure, {})
+        drawn[S] = np.asarray(selector.select({}, many, said, selector.init(rows)).write)
+    np.testing.assert_array_equal(drawn[4], drawn[6][:, :4])
+    assert (drawn[4].sum(axis=1) == 1).all()
+    expected = rows * masked.softmax(score / temperature)
+    assert stats.chisquare(drawn[4].sum(axis=0), expected).pvalue > 1e-3
 
 
 def test_quotas():
