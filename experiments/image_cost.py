@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from decoding import randomness, raster
-from decoding.image_tokens import ImageSampler
+from decoding import randomness
+from decoding.images import raster
+from decoding.images.image_tokens import ImageSampler
 from experiments import results, timing
 from experiments.image_methods import Decoder, Models, build
 

@@ -19,8 +19,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from decoding import randomness
-from decoding.unmasking import mask_predict
-from decoding.unmasking.mask_predict import Sampled, SamplerConfig
+from decoding.images import mask_predict
+from decoding.images.mask_predict import Sampled, SamplerConfig
 from experiments import image_metrics, image_probes, image_sheet, pictures, results, timing
 from models import enat, files, image_classifier, vq
 from models.errors import InputError, check_choice

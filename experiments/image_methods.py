@@ -12,16 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from decoding import randomness, raster, wavefront
-from decoding.image_tokens import ImageSampler
-from decoding.sampling import SamplingConfig
-from decoding.speculative import (
+from decoding import randomness
+from decoding.images import (
     image_scaling,
     local_resampling,
     multi_scale,
     neighbourhoods,
+    raster,
     raster_rejection,
+    wavefront,
 )
+from decoding.images.image_tokens import ImageSampler
+from decoding.sampling import SamplingConfig
 from models import files, hf_checkpoint, image_classifier, row_causal, vq
 from models.errors import InputError, check_choice
 from training import base_models, image_models

@@ -15,8 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from decoding import randomness
-from decoding.unmasking import mask_predict
-from decoding.unmasking.mask_predict import SamplerConfig
+from decoding.images import mask_predict
+from decoding.images.mask_predict import SamplerConfig
 from experiments import results
 from models import enat
 from models.enat import ENATConfig, Indices

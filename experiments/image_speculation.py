@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from decoding.speculative import multi_scale
+from decoding.images import multi_scale
 from experiments import (
     image_cost,
     image_methods,

@@ -2,8 +2,8 @@
 
 A thin layer over `training.language_model`: images are encoded once by a frozen tokeniser, every
 row is the class token and the codes of one image in raster order, and now and then the class is
-replaced by the null class, so that the model can be guided. See `decoding.image_tokens` for the
-vocabulary.
+replaced by the null class, so that the model can be guided. See `decoding.images.image_tokens` for
+the vocabulary.
 """
 
 import dataclasses

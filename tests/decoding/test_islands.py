@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from decoding.speculative import islands, neighbourhoods
+from decoding.images import islands, neighbourhoods
 from models.errors import InputError
 
 MAPS = np.random.default_rng(0).random((64, 4, 8)) < np.linspace(0.02, 0.9, 64)[:, None, None]

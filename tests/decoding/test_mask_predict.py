@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from decoding import randomness
-from decoding.unmasking import mask_predict
-from decoding.unmasking.mask_predict import SamplerConfig
+from decoding.images import mask_predict
+from decoding.images.mask_predict import SamplerConfig
 from models import enat, sharding
 from models.errors import InputError
 

@@ -14,10 +14,18 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import ndimage
 
-from decoding import image_tokens, randomness, raster, wavefront
-from decoding.speculative import islands, local_resampling, multi_scale, raster_rejection
-from decoding.speculative.local_resampling import LocalConfig
-from decoding.speculative.raster_rejection import RasterConfig
+from decoding import randomness
+from decoding.images import (
+    image_tokens,
+    islands,
+    local_resampling,
+    multi_scale,
+    raster,
+    raster_rejection,
+    wavefront,
+)
+from decoding.images.local_resampling import LocalConfig
+from decoding.images.raster_rejection import RasterConfig
 from models import sharding
 from models.errors import InputError
 from tests.decoding import tiny_images as tiny

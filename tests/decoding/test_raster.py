@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding import generation, image_tokens, raster, stopping, wavefront
+from decoding import generation, stopping
 from decoding.autoregressive import autoregressive
+from decoding.images import image_tokens, raster, wavefront
 from models import transformer
 from models.errors import InputError
 from tests.decoding import tiny_images as tiny

@@ -9,8 +9,9 @@ import pytest
 from scipy import stats
 
 from decoding import randomness
+from decoding.images import neighbourhoods, relaxed
 from decoding.sampling import SamplingConfig
-from decoding.speculative import neighbourhoods, relaxed, verification
+from decoding.speculative import verification
 from decoding.speculative.tree import DraftTree, chain
 
 V, E, ROWS = 8, 2, 20_000

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decoding import image_tokens, randomness
-from decoding.image_tokens import ImageSampler
+from decoding import randomness
+from decoding.images import image_tokens, multi_scale, neighbourhoods
+from decoding.images.image_tokens import ImageSampler
 from decoding.sampling import SamplingConfig
-from decoding.speculative import multi_scale, neighbourhoods
 from models import transformer
 from models.config import TransformerConfig
 from tests.models import random_models

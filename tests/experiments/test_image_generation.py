@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from decoding import randomness
-from decoding.unmasking import mask_predict
+from decoding.images import mask_predict
 from experiments import cli, image_generation, image_probes, pictures, run, sweep
 from experiments.configs import enat as enat_config
 from models import enat, image_classifier, vq

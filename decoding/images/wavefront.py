@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decoding import image_tokens, randomness
-from decoding.image_tokens import ImageSampler
+from decoding import randomness
+from decoding.images import image_tokens
+from decoding.images.image_tokens import ImageSampler
 from models import cache as kv
 from models import transformer
 from models.errors import InputError

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decoding import image_tokens, randomness, raster, wavefront
-from decoding.image_tokens import ImageSampler
+from decoding import randomness
+from decoding.images import image_tokens, raster, wavefront
+from decoding.images.image_tokens import ImageSampler
 from models import cache as kv
 from models.errors import InputError
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from decoding import randomness
+from decoding.images.neighbourhoods import pooled
 from decoding.sampling import SamplingConfig, draw, log_probs
-from decoding.speculative.neighbourhoods import pooled
 from decoding.speculative.tree import DraftTree
 from decoding.speculative.verification import Verdict, rows
 

@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from decoding import image_tokens, randomness
-from decoding.image_tokens import ImageSampler
+from decoding import randomness
+from decoding.images import image_tokens
+from decoding.images.image_tokens import ImageSampler
 from models import cache as kv
 from models import transformer
 

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from decoding import image_tokens
-from decoding.image_tokens import ImageSampler
-from decoding.speculative import islands
-from decoding.speculative.multi_scale import Params, Settle, State
-from decoding.speculative.neighbourhoods import pooled
+from decoding.images import image_tokens, islands
+from decoding.images.image_tokens import ImageSampler
+from decoding.images.multi_scale import Params, Settle, State
+from decoding.images.neighbourhoods import pooled
 from models import cache as kv
 from models.errors import InputError, check_choice
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from decoding import image_tokens
-from decoding.image_tokens import ImageSampler
-from decoding.speculative import relaxed, verification
-from decoding.speculative.multi_scale import Params, Settle, State
+from decoding.images import image_tokens, relaxed
+from decoding.images.image_tokens import ImageSampler
+from decoding.images.multi_scale import Params, Settle, State
+from decoding.speculative import verification
 from decoding.speculative.tree import chain
 from models import cache as kv
 from models.errors import InputError, check_choice
