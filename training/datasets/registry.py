@@ -24,10 +24,12 @@ from training.datasets.digit_scenes import DigitScenes
 from training.datasets.jsonl_prompts import JsonlPrompts
 from training.datasets.spelled_numbers import SpelledNumbers
 from training.datasets.stdlib_code import StdlibCode
+from training.datasets.stdlib_docstrings import StdlibDocstrings
 from training.datasets.text_files import TextFiles
 
 BUILDERS = {
     "stdlib_code": StdlibCode,
+    "stdlib_docstrings": StdlibDocstrings,
     "arithmetic": Arithmetic,
     "spelled_numbers": SpelledNumbers,
     "text_files": TextFiles,
