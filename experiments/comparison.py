@@ -28,7 +28,7 @@ from experiments import (
     loading,
     lossless,
     oracle_bound,
-    results,
+    records,
     timing,
     trained_parts,
     unmasking_observations,
@@ -40,7 +40,6 @@ from models.tokenizer import Tokenizer
 from training import base_models, corpus_stores, trigrams
 from training.datasets import registry
 
-BASELINE = "autoregressive"
 # Further measurements that a config may ask for: (config, model configs, parameters, prompts) ->
 # (what a report draws, claims).
 ANALYSES = {
@@ -54,8 +53,6 @@ ANALYSES = {
     "ages of keys and values": unmasking_observations.measure_ages,
     "surprise": unmasking_observations.measure_surprise,
 }
-# A losslessness check fails by chance once in this many runs.
-_P_VALUE = 1e-3
 # What a report shows of a base model's training.
 _SUMMARY = ("eval_loss", "eval_bits_per_byte", "tokens", "seconds", "curve", "evaluations")
 
@@ -177,7 +174,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # Rows of equal length make the fairest times; answers end where they end.
     ends = None if config.decode.get("stop_at_eos") else ()
     stop = generation.stop_config(models.configs["target"], config.decode.max_new_tokens, ends)
-    records: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for temperature in config.decode.temperatures:
         sampling = SamplingConfig(
@@ -213,12 +210,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             measured = timing.side_by_side(runs, config.decode.repeats, label=where)
             baseline = measured[config.decode.methods[0].label]
             for label, entry in entries.items():
-                record = _record(entry, label, temperature, batch_size, measured[label], baseline)
-                record["keeps_law"] = built[label].lossless
+                line = records.record(
+                    entry, label, temperature, batch_size, measured[label], baseline
+                )
+                line["keeps_law"] = built[label].lossless
                 if held_out.answers is not None:
-                    rows = measured[label]["result"]
-                    record["exact_match"] = exact_match(models, rows, held_out.answers)
-                records.append(record)
+                    line["exact_match"] = exact_match(
+                        models, measured[label]["result"], held_out.answers
+                    )
+                lines.append(line)
             if batch_size == config.decode.batch_sizes[0]:
                 texts = {label: entry["result"][0].token_ids for label, entry in measured.items()}
                 sample = _samples(models.tokenizer, prompts[0], temperature, texts)
@@ -231,15 +231,15 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     if method.canvas is not None and config.decode.get("traces", True)
                 }  # fmt: skip
                 samples.append(sample)
-        checks = check_lossless(config, models, prompts, sampling, built, records)
-        for record in records:
-            if record["temperature"] == temperature:
-                record["lossless"] = checks[record["label"]]
+        checks = check_lossless(config, models, prompts, sampling, built, lines)
+        for line in lines:
+            if line["temperature"] == temperature:
+                line["lossless"] = checks[line["label"]]
     found: dict[str, Any] = {
         "models": models.summaries,
-        "runs": records,
+        "runs": lines,
         "samples": samples,
-        "claims": _claims(config, records),
+        "claims": records.claims(config, lines),
         "figures": {},
     }
     for name in config.get("analyses", ()):
@@ -257,60 +257,10 @@ def _as_target(models: Mapping[str, Any], entry: ConfigDict) -> dict[str, Any]:
     return {**models, "target": models[role]}
 
 
-def _record(
-    entry: ConfigDict,
-    label: str,
-    temperature: float,
-    batch_size: int,
-    measured: Mapping[str, Any],
-    baseline: Mapping[str, Any],
-) -> dict[str, Any]:
-    """One line of the results: a method at a temperature and a batch size."""
-    rows = measured["result"]
-    total = generation.total_stats(rows)
-    return {
-        "label": label,
-        "method": entry.method,
-        "role": entry.get("role") or "target",
-        "options": entry.options.to_dict(),
-        "temperature": temperature,
-        "batch_size": batch_size,
-        "seconds": measured["seconds"],
-        "tokens_per_second": total["tokens_emitted"] / measured["median"],
-        "speedup": timing.speedup(baseline["seconds"], measured["seconds"]),
-        "tokens_per_target_call": total["tokens_per_target_call"],
-        "tokens_per_target_call_error": results.ratio_error(
-            [row.stats["tokens_emitted"] for row in rows],
-            [row.stats["target_calls"] for row in rows],
-        ),
-        "acceptance_by_depth": total["acceptance_by_depth"],
-        "stats": {k: v for k, v in total.items() if k != "tokens_per_target_call"},
-        "identical_rows": sum(
-            a.token_ids == b.token_ids for a, b in zip(rows, baseline["result"], strict=True)
-        ),
-        "rows": len(rows),
-        "agreement": _agreement(rows, baseline["result"]),
-    }
-
-
 def exact_match(models: Models, rows: Sequence[Row], answers: Sequence[str]) -> float:
     """Share of rows whose text, its end token aside, is the answer."""
     ends = models.configs["target"].eos_token_ids
-    right = 0
-    for row, answer in zip(rows, answers, strict=True):
-        ids = [token for token in row.token_ids if token not in ends]
-        right += models.tokenizer.decode(ids).strip() == answer.strip()
-    return right / len(rows)
-
-
-def _agreement(rows: Sequence[Row], reference: Sequence[Row]) -> float:
-    """Share of tokens that stand where the reference has them too."""
-    same = total = 0
-    for mine, theirs in zip(rows, reference, strict=True):
-        pairs = list(zip(mine.token_ids, theirs.token_ids, strict=False))
-        same += sum(a == b for a, b in pairs)
-        total += max(len(mine.token_ids), len(theirs.token_ids))
-    return same / max(total, 1)
+    return records.exact_match(models.tokenizer, ends, rows, answers)
 
 
 def check_lossless(
@@ -319,7 +269,7 @@ def check_lossless(
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     built: Mapping[str, Method],
-    records: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """By label: how losslessness was checked at this temperature, and whether it held.
 
@@ -335,7 +285,7 @@ def check_lossless(
     others = {entry.label: entry.get("role") or "target" for entry in config.decode.methods}
     for label, method in built.items():
         mine = [
-            r for r in records if r["label"] == label and r["temperature"] == sampling.temperature
+            r for r in lines if r["label"] == label and r["temperature"] == sampling.temperature
         ]
         identical = all(r["identical_rows"] == r["rows"] for r in mine)
         role = others.get(label, "target")
@@ -357,7 +307,7 @@ def check_lossless(
         )  # fmt: skip
         checks[label] = {
             "check": "chi-square of two tokens against the exact distribution",
-            "held": test["p_value"] > _P_VALUE,
+            "held": test["p_value"] > records.P_VALUE,
             **test,
         }
         logging.info("%s: %s", label, checks[label])
@@ -375,66 +325,3 @@ def _samples(
         "prompt": tokenizer.decode(list(prompt)),
         "texts": {label: tokenizer.decode(list(ids)) for label, ids in texts.items()},
     }
-
-
-def _claims(config: ConfigDict, records: Sequence[Mapping[str, Any]]) -> list[results.Claim]:
-    claims = []
-    for record in records:
-        where = f"{record['label']}, temperature {record['temperature']:g}"
-        first = record["batch_size"] == config.decode.batch_sizes[0]
-        if first and record["method"] != BASELINE and "held" in record["lossless"]:
-            claims.append(
-                results.Claim(
-                    f"{where}: lossless ({record['lossless']['check']})",
-                    record["lossless"].get("p_value", float(record["lossless"]["held"])),
-                    f"> {_P_VALUE}" if "p_value" in record["lossless"] else "identical",
-                    record["lossless"]["held"],
-                )
-            )
-        for bound in config.claims:
-            if (bound.label, bound.temperature, bound.batch_size) == (
-                record["label"], record["temperature"], record["batch_size"],
-            ):  # fmt: skip
-                name = f"{where}, batch {record['batch_size']}: {bound.metric}"
-                measured = record[bound.metric]
-                if bound.get("over"):
-                    name += f" over that of {bound.over}"
-                    measured /= _same_setting(records, record, bound.over)[bound.metric]
-                claims.append(results.at_least(name, measured, bound.at_least))
-    return claims
-
-
-def _same_setting(
-    records: Sequence[Mapping[str, Any]], record: Mapping[str, Any], label: str
-) -> Mapping[str, Any]:
-    """The record of another method at the same temperature and batch size."""
-    for other in records:
-        if other["label"] == label and all(
-            other[field] == record[field] for field in ("temperature", "batch_size")
-        ):
-            return other
-    raise InputError(f"config.claims: over: no method is labelled {label!r}")
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The results as plain text, one line a run."""
-    head = (
-        "method", "T", "batch", "tokens/call", "tokens/s", "speed-up", "as plain", "exact match",
-        "accepted by depth",
-    )  # fmt: skip
-    lines = [head]
-    for r in records:
-        depth = " ".join(f"{a:.2f}" for a in r["acceptance_by_depth"])
-        lines.append(
-            (
-                r["label"], f"{r['temperature']:g}", str(r["batch_size"]),
-                f"{r['tokens_per_target_call']:.2f}", f"{r['tokens_per_second']:.0f}",
-                f"{r['speedup']:.2f}x", f"{r['agreement']:.0%}",
-                f"{r['exact_match']:.0%}" if "exact_match" in r else "-", depth or "-",
-            )
-        )  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )

@@ -82,11 +82,11 @@ def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise InputError(f"--{'config' if _CONFIG.value is None else 'workdir'}: missing")
-    from experiments import comparison
+    from experiments import records
 
     workdir = Path(_WORKDIR.value)
     found = execute(_CONFIG.value, workdir, fresh=_FRESH.value)
-    print(comparison.table(found["runs"]))
+    print(records.table(found["runs"]))
     for run in found["runs"]:
         if "quality" in run:
             print(run["label"], *(f"{name} {value:.4g}" for name, value in run["quality"].items()))
