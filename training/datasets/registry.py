@@ -20,6 +20,7 @@ from tensorflow_datasets.core import naming
 from models.errors import InputError, nearest
 from models.files import cache_root
 from training.datasets.arithmetic import Arithmetic
+from training.datasets.cldr import Cldr
 from training.datasets.digit_scenes import DigitScenes
 from training.datasets.jsonl_prompts import JsonlPrompts
 from training.datasets.spelled_numbers import SpelledNumbers
@@ -35,6 +36,7 @@ BUILDERS = {
     "text_files": TextFiles,
     "jsonl_prompts": JsonlPrompts,
     "digit_scenes": DigitScenes,
+    "cldr": Cldr,
 }
 
 
