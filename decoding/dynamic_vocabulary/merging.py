@@ -6,6 +6,7 @@ the host, on strings; what the model gets is embeddings (`embedding_cache`).
 """
 
 import heapq
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -101,7 +102,7 @@ class _Batch:
         N = self.total = len(self._at)
         self._next = list(range(1, N + 1))
         self._before = list(range(-1, N - 1))
-        for begin, end in zip(self._bounds, self._bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(self._bounds):
             if begin < end:
                 self._before[begin], self._next[end - 1] = -1, -1
         self._counts: dict[Pair, int] = defaultdict(int)
@@ -181,13 +182,10 @@ class _Batch:
         """Strings and left ends of each sequence."""
         alive = [
             [place for place in range(begin, end) if self._at[place] >= 0]
-            for begin, end in zip(self._bounds, self._bounds[1:], strict=False)
+            for begin, end in itertools.pairwise(self._bounds)
         ]
         tokens = [[self.strings[self._at[place]] for place in row] for row in alive]
-        starts = [
-            [place - begin for place in row]
-            for begin, row in zip(self._bounds, alive, strict=False)
-        ]
+        starts = [[place - begin for place in row] for begin, row in zip(self._bounds, alive)]
         return tokens, starts
 
 
