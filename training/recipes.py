@@ -269,6 +269,10 @@ def _narrow(model: TransformerConfig) -> TransformerConfig:
     return model.replace(num_heads=heads, num_kv_heads=heads, head_dim=32)
 
 
+def _untied(layers: int, width: int, vocab_size: int) -> TransformerConfig:
+    return _narrow(_llama(layers, width, vocab_size)).replace(tie_embeddings=False)
+
+
 RECIPES: dict[str, BaseModel] = {
     # The target's weights are larger than a CPU's cache, as those of any real target are: only then
     # does a call on several tokens cost little more than a call on one.
@@ -331,6 +335,20 @@ RECIPES: dict[str, BaseModel] = {
         loss_on="all",
         objective=Objective(truncated=0.01),
         starts_from="code_mdlm_blocks",
+    ),
+    # Models whose tokeniser is exchanged: small, with tables of their own for input and output; and
+    # a bidirectional one with a single table.
+    "code_untied": BaseModel(
+        "stdlib_code",
+        1024,
+        _with_muon(_untied(4, 128, 1024), 1200, 256, 8, 4e-3),
+    ),
+    "code_encoder": MaskedDiffusionModel(
+        "stdlib_code",
+        1024,
+        _with_muon(_llada(4, 128, 1024), 1000, 128, 16, 4e-3),
+        loss_on="all",
+        objective=Objective(mask_ratio=(0.15, 0.15), weighting="mean"),
     ),
     "numbers_target": _recipe("spelled_numbers", 384, 4, 256, 250, learning_rate=2e-3),
     "numbers_draft": _recipe("spelled_numbers", 384, 2, 64, 600, learning_rate=6e-3),
