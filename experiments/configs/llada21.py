@@ -51,7 +51,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.models = ConfigDict(models)
     config.data.update(prompt_field="question", answer_field="solution")
     if offline:
-        config.data.update(dataset="arithmetic", num_prompts=128)
+        config.data.update(dataset="arithmetic", num_prompts=512)
         config.data.builder_options = ConfigDict({"size": 30_000, "levels": (7,)})
     else:
         config.data.update(dataset="jsonl_prompts", split="train", num_prompts=200)
