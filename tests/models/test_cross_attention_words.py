@@ -127,7 +127,7 @@ def test_size_of_the_input() -> None:
     expected = 4 * D**2 + (256 + 17 + 1) * D + 2 * D + len(caw.SPECIALS) * D
     assert caw.num_input_params(shapes) == expected
     assert expected / (30_522 * D) < 0.12
-    assert 4 * D**2 / (30_522 * D) == pytest.approx(0.1006, abs=1e-4)
+    assert pytest.approx(0.1006, abs=1e-4) == 4 * D**2 / (30_522 * D)
     # No axis of the input is a vocabulary: nothing has more than 4 D or 512 rows or columns.
     backbone = dict(shapes["backbone"])
     sizes = {size for leaf in jax.tree.leaves((shapes["encoder"], backbone)) for size in leaf.shape}
@@ -190,15 +190,15 @@ def test_cache_of_words() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(InputError, match="encoder.pooling: 'max' is not known"):
+    with pytest.raises(InputError, match=r"encoder.pooling: 'max' is not known"):
         WordEncoderConfig(pooling="max")
-    with pytest.raises(InputError, match="encoder.num_queries: 2 are learned"):
+    with pytest.raises(InputError, match=r"encoder.num_queries: 2 are learned"):
         WordEncoderConfig(pooling="mean", num_queries=2)
-    with pytest.raises(InputError, match="backbone.vocab_size: 9 must be 5"):
+    with pytest.raises(InputError, match=r"backbone.vocab_size: 9 must be 5"):
         WordModelConfig(BACKBONE.replace(vocab_size=9))
-    with pytest.raises(InputError, match="num_heads: 5 must divide embed_dim 16"):
+    with pytest.raises(InputError, match=r"num_heads: 5 must divide embed_dim 16"):
         WordModelConfig(BACKBONE, WordEncoderConfig(num_heads=5))
-    with pytest.raises(InputError, match="symbols: 18 bytes a word"):
+    with pytest.raises(InputError, match=r"symbols: 18 bytes a word"):
         caw.encode(MODEL, params_of(MODEL), np.zeros((1, 18), int), np.ones(1, int))
-    with pytest.raises(InputError, match="capacity: 0"):
+    with pytest.raises(InputError, match=r"capacity: 0"):
         caw.WordCache(MODEL, params_of(MODEL), 0)

@@ -104,9 +104,9 @@ def test_memory_follows_words_slots_and_vocabulary(kind: str) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(InputError, match="head.kind: 'serial' is not known"):
+    with pytest.raises(InputError, match=r"head.kind: 'serial' is not known"):
         HeadConfig(4, 8, kind="serial")
-    with pytest.raises(InputError, match="head.num_slots: 0 must be at least 1"):
+    with pytest.raises(InputError, match=r"head.num_slots: 0 must be at least 1"):
         HeadConfig(4, 8, num_slots=0)
-    with pytest.raises(InputError, match="head.eos_id: 4 must be below 4"):
+    with pytest.raises(InputError, match=r"head.eos_id: 4 must be below 4"):
         HeadConfig(4, 8, eos_id=4)
