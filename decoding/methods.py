@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from decoding.autoregressive import autoregressive
+from decoding.dynamic_vocabulary import ann_vocabulary
 from decoding.loop import Method
 from decoding.method_spec import Configs, MethodSpec, parse_value
 from decoding.sampling import SamplingConfig
@@ -21,6 +22,7 @@ METHODS: dict[str, MethodSpec] = {
     **chain_systems.SPECS,
     **tree_systems.SPECS,
     "aded": aded.SPEC,
+    "ann_vocabulary": ann_vocabulary.SPEC,
     "bild": bild.SPEC,
     "token_recycling": token_recycling.SPEC,
     **llada.SPECS,

@@ -17,6 +17,7 @@ import tokenizers
 from jax.sharding import Mesh
 
 from decoding import methods
+from decoding.dynamic_vocabulary import inverted_lists
 from decoding.loop import ModelParams
 from decoding.unmasking import learned_filter
 from models import hf_checkpoint, sharding, sizes, transformer
@@ -44,8 +45,17 @@ def _load_filter(directory: str | os.PathLike[str] | None, options: Mapping[str,
     return learned_filter.load(directory)[1]
 
 
+def _load_index(directory: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> Any:
+    del options
+    if directory is None:
+        raise InputError(
+            "untrained_parts: an index is made of a model's own rows; give --method_params"
+        )
+    return inverted_lists.load(directory)[1]
+
+
 # Trained parts by role: (directory, or None for random ones; the method's options) -> parameters.
-_PARTS = {learned_filter.ROLE: _load_filter}
+_PARTS = {learned_filter.ROLE: _load_filter, inverted_lists.ROLE: _load_index}
 
 
 @dataclasses.dataclass(frozen=True)

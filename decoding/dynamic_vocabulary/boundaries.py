@@ -1,7 +1,7 @@
 """Which neighbouring tokens of a batch may be merged (Feher et al., arXiv 2411.18553).
 
-Tokens are strings of byte characters, as GPT-2 writes them: a space is 'Ġ', a line end 'Ċ', a tab
-'ĉ', and every other byte one visible character.
+Tokens are strings of byte characters (`models.byte_characters`): a space is 'Ġ', a line end 'Ċ', a
+tab 'ĉ'.
 """
 
 import functools
@@ -11,29 +11,22 @@ from collections.abc import Callable, Iterable
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from models import byte_characters
 from models.errors import check_choice
 
 # What a merged token may not cross: a piece of the pre-tokeniser (published), white space, white
 # space and all punctuation but hyphens, or nothing.
 BOUNDARIES = ("pretokens", "word", "word_hyphen", "sentence")
-SPACES = frozenset("ĠĊĉ")
+SPACES = frozenset(byte_characters.WHITESPACE)
 
 # (left, right) -> whether they may become one token.
 Valid = Callable[[str, str], bool]
 
 
-@functools.cache
-def _byte_of() -> dict[str, int]:
-    """The byte that each byte character stands for (GPT-2's `bytes_to_unicode`)."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
 def text_of(token: str) -> str | None:
     """The text of a string of byte characters; None where it is part of a character."""
     try:
-        return bytes(_byte_of()[char] for char in token).decode("utf-8")
+        return byte_characters.to_bytes(token).decode()
     except (KeyError, UnicodeDecodeError):
         return None
 
