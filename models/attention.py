@@ -22,6 +22,7 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
+    bias: jnp.ndarray | None = None,
 ) -> jnp.ndarray:
     """Grouped-query scaled dot-product attention; softmax in float32.
 
@@ -32,6 +33,7 @@ def attend(
       mask: bool [B, T, S]; False hides a key.
       scale: multiplies the scores.
       softcap: c in c * tanh(score / c) (Gemma 2), applied before the mask.
+      bias: added to the scores after that, [B, K, G, T, S] or whatever broadcasts to it.
 
     Returns:
       [B, T, K, G, H], in the dtype of `queries`.
@@ -45,6 +47,8 @@ def attend(
     ).reshape(B, K, G, T, -1)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     scores = jnp.where(mask[:, None, None], scores, _HIDDEN)
     # The maximum only keeps the exponential in range: it has no gradient.
     highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))

@@ -75,7 +75,7 @@ class TransformerConfig:
       attention_scale: multiplies q.k; None for H ** -0.5.
       attention_softcap, logit_softcap: c in c * tanh(x / c); None for none (Gemma 2).
       embedding_scale: multiplies token embeddings (Gemma: D ** 0.5).
-      positions: 'rope' or 'learned' (OPT).
+      positions: 'rope', 'learned' (OPT) or 't5', see `RelativeBiasConfig`.
       position_offset: added to positions before the learned table is read (OPT: 2).
       rope, local_rope: rotary embedding of global layers and of sliding-window layers (None:
         the same).
@@ -112,7 +112,7 @@ class TransformerConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float | None = None
-    positions: Literal["rope", "learned"] = "rope"
+    positions: Literal["rope", "learned", "t5"] = "rope"
     position_offset: int = 0
     rope: RopeConfig = RopeConfig()
     local_rope: RopeConfig | None = None
@@ -138,7 +138,9 @@ class TransformerConfig:
                 raise InputError(f"{field}: {value} must be at least 1")
         check_choice("norm", self.norm, NORMS)
         check_choice("activation", self.activation, ACTIVATIONS)
-        check_choice("positions", self.positions, ("rope", "learned"))
+        check_choice("positions", self.positions, ("rope", "learned", "t5"))
+        if self.positions == "t5" and not isinstance(self, RelativeBiasConfig):
+            raise InputError("positions: 't5' needs the buckets of a RelativeBiasConfig")
         check_choice("dtype", self.dtype, DTYPES)
         if self.num_heads % self.num_kv_heads:
             raise InputError(
@@ -294,3 +296,36 @@ class GroupedExpertsConfig(TransformerConfig):
         """The same sizes with a dense network in every layer."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig)}
         return TransformerConfig(**fields | {"num_experts": 0, "experts_per_token": 0})
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeBiasConfig(TransformerConfig):
+    """A Transformer whose only positions are T5's relative ones (arXiv 1910.10683, section 2.1).
+
+    Attributes:
+      relative_buckets: distances that have a bias of their own, near ones one each and far ones
+        by powers; half of them for either direction where the model is bidirectional.
+      relative_max_distance: distances from here on share the last bucket.
+    """
+
+    positions: Literal["rope", "learned", "t5"] = "t5"
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions != "t5":
+            raise InputError(f"positions: {self.positions!r} must be 't5' with relative buckets")
+        directions = 1 if self.causal else 2
+        if self.relative_buckets < 2 * directions or self.relative_buckets % (2 * directions):
+            raise InputError(
+                f"relative_buckets: {self.relative_buckets} must be a multiple of {2 * directions}"
+            )
+        if self.relative_max_distance <= (exact := self.relative_buckets // (2 * directions)):
+            raise InputError(
+                f"relative_max_distance: {self.relative_max_distance} must exceed {exact}, the "
+                "distances that have a bucket each"
+            )
+
+    def num_params(self) -> int:
+        return super().num_params() + self.relative_buckets * self.num_heads

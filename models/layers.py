@@ -100,8 +100,11 @@ class Attention(nn.Module):
         mask: jnp.ndarray,
         store: tuple[jnp.ndarray, jnp.ndarray] | None,
         start: jnp.ndarray | None,
+        bias: jnp.ndarray | None = None,
     ) -> tuple[jnp.ndarray, tuple[jnp.ndarray, jnp.ndarray]]:
         """Attends from x [B, T, D] to the cache (or to x itself when `store` is None).
+
+        `bias` is added to the scores, see `attend`.
 
         Returns:
           The output [B, T, D] and this layer's keys and values [B, K, S, H].
@@ -123,7 +126,9 @@ class Attention(nn.Module):
         if store is not None:
             assert start is not None
             new = (kv.write(store[0], new[0], start), kv.write(store[1], new[1], start))
-        mixed = attend(queries, *new, mask, scale=config.scale, softcap=config.attention_softcap)
+        mixed = attend(
+            queries, *new, mask, scale=config.scale, softcap=config.attention_softcap, bias=bias
+        )
         out = Dense((config.embed_dim,), 3, config.out_bias, _into_residual(config), name="out")
         return out(mixed), new
 
@@ -255,10 +260,11 @@ class Block(nn.Module):
         mask: jnp.ndarray,
         store: tuple[jnp.ndarray, jnp.ndarray] | None,
         start: jnp.ndarray | None,
+        bias: jnp.ndarray | None = None,
     ) -> tuple[jnp.ndarray, tuple[jnp.ndarray, jnp.ndarray]]:
         config = self.config
         y = Norm(config, name="attention_norm")(x)
-        y, store = Attention(config, name="attention")(y, angles, mask, store, start)
+        y, store = Attention(config, name="attention")(y, angles, mask, store, start, bias)
         if config.post_norms:
             y = Norm(config, name="post_attention_norm")(y)
         x = x + y

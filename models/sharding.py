@@ -20,6 +20,7 @@ from models.errors import InputError
 # First match wins. Paths are joined with '/', for example layers_3/attention/qkv/kernel.
 PARTITION_TABLE: tuple[tuple[str, P], ...] = (
     (r"embedder/embedding$", P("model", None)),
+    (r"relative_bias/embedding$", P(None, "model", None)),
     (r"attention/qkv/kernel$", P(None, "model", None, None)),
     (r"attention/qkv/bias$", P("model", None, None)),
     (r"attention/out/kernel$", P("model", None, None, None)),

@@ -16,8 +16,9 @@ from flax import struct
 
 from models import masks, rope
 from models.cache import KVCache
-from models.config import TransformerConfig
+from models.config import RelativeBiasConfig, TransformerConfig
 from models.layers import Block, Dense, Norm
+from models.relative_bias import RelativeBias
 
 Params = Any
 
@@ -93,6 +94,8 @@ class Transformer(nn.Module):
             for layer in range(self.config.num_layers)
         ]
         self.final_norm = Norm(self.config)
+        if isinstance(self.config, RelativeBiasConfig):
+            self.relative_bias = RelativeBias(self.config)
         if not self.config.tie_embeddings:
             self.lm_head = Dense((self.config.vocab_size,), result_dtype=jnp.float32)
 
@@ -118,6 +121,9 @@ class Transformer(nn.Module):
             local_angles = angles
             if local and config.local_rope is not None:
                 local_angles = rope.angles(config.local_rope, config.rotary_dim, positions)
+        bias = None
+        if config.positions == "t5":
+            bias = self.relative_bias(positions, key_positions)
         if local:
             assert config.window is not None
             local_mask = masks.within(mask, positions, key_positions, config.window)
@@ -132,6 +138,7 @@ class Transformer(nn.Module):
                 local_mask if is_local else mask,
                 (keys[layer], values[layer]) if cache is not None else None,
                 slots,
+                bias,
             )
             if cache is not None:
                 keys[layer], values[layer] = store
@@ -199,11 +206,12 @@ def apply(
       inputs: tokens int [B, T], or float [B, T, D]: embeddings when the range starts at layer
         0 (learned positions are added, `embedding_scale` is not applied), else the residual
         stream before the range's first layer.
-      positions: int [B, T]; default 0..T-1, or lengths .. lengths + T - 1 with a cache.
+      positions: int [B, T], or [1, T] for those of all rows; default 0..T-1, or lengths ..
+        lengths + T - 1 with a cache.
       mask: bool [B, T, S], S being the cache's slots or T; default causal over positions (over
         the order in the call without a cache), or everything written for a bidirectional model.
-      key_positions: int [B, S] positions of the keys, for sliding windows; default the slot
-        index, or `positions` without a cache.
+      key_positions: int [B, S] positions of the keys, for sliding windows and relative biases;
+        default the slot index, or `positions` without a cache.
       cache: keys and values so far.
       slots: int [B, T], cache slot of each token; those from S on are not written. Needs
         `positions` and `mask`. Default lengths .. lengths + T - 1.
@@ -253,6 +261,8 @@ def embed(
     config: TransformerConfig, params: Params, inputs: jnp.ndarray, positions: jnp.ndarray
 ) -> jnp.ndarray:
     """Embeddings [B, T, D] as the first layer receives them; `inputs` as in `apply`."""
+    if jnp.issubdtype(inputs.dtype, jnp.floating) and config.positions != "learned":
+        return inputs.astype(config.compute_dtype)  # `params` need not hold a table
     return _call("encode", config, params, inputs, positions)
 
 

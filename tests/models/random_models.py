@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from models import sharding, transformer
-from models.config import RopeConfig, TransformerConfig
+from models.config import RelativeBiasConfig, RopeConfig, TransformerConfig
 
 BASE = TransformerConfig(
     vocab_size=64,
@@ -53,6 +53,9 @@ CASES: dict[str, TransformerConfig] = {
         positions="learned",
         position_offset=2,
         tie_embeddings=True,
+    ),
+    "relative": RelativeBiasConfig(
+        **vars(BASE) | {"positions": "t5"}, relative_buckets=8, relative_max_distance=12
     ),
 }
 

@@ -16,6 +16,7 @@ from tests.models.random_models import BASE, CASES, params
 # small and lies everywhere.
 SPLIT_AXIS = {
     "embedder/embedding": 0,  # V
+    "relative_bias/embedding": 1,  # K
     "attention/qkv/kernel": 1,  # K
     "attention/qkv/bias": 0,  # K
     "attention/out/kernel": 0,  # K
