@@ -49,6 +49,27 @@ def save(directory: str | os.PathLike[str], kind: str, config: Any, params: Any)
         safetensors_io.write(work, tensors, _MAX_SHARD_BYTES)
 
 
+def kind_of(directory: str | os.PathLike[str]) -> str | None:
+    """What `save` was told that the model is; None where there is no config that says so."""
+    path = Path(directory) / "config.json"
+    return safetensors_io.read_json(path).get(_KIND) if path.is_file() else None
+
+
+def load_config(
+    directory: str | os.PathLike[str], kind: str, make_config: Callable[..., Config]
+) -> Config:
+    """The config alone; arguments and errors as `load`."""
+    path = Path(directory) / "config.json"
+    fields = safetensors_io.read_json(path)
+    found = fields.pop(_KIND, None)
+    if found != kind:
+        raise InputError(f"{path}: {_KIND}: {found!r} must be {kind!r}")
+    try:
+        return make_config(**fields)
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{path}: {safetensors_io.one_line(error)}") from None
+
+
 def load(
     directory: str | os.PathLike[str],
     kind: str,
@@ -67,15 +88,7 @@ def load(
       InputError: files that are missing or damaged, a model of another kind, an unknown field, a
         tensor that is missing, too many or of another shape.
     """
-    path = Path(directory) / "config.json"
-    fields = safetensors_io.read_json(path)
-    found = fields.pop(_KIND, None)
-    if found != kind:
-        raise InputError(f"{path}: {_KIND}: {found!r} must be {kind!r}")
-    try:
-        config = make_config(**fields)
-    except TypeError as error:
-        raise InputError(f"{path}: {safetensors_io.one_line(error)}") from None
+    config = load_config(directory, kind, make_config)
     template = param_shapes(config)
     with safetensors_io.Reader(directory) as reader:
         names = {path_string(at) for at, _ in jax.tree_util.tree_leaves_with_path(template)}
