@@ -175,7 +175,10 @@ def begin(
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
     ends = None
     if method.canvas is None:
-        slots = cache_slots(max(padded, longest - 1 + method.lookahead))
+        needed = max(padded, longest - 1 + method.lookahead)
+        if method.needed is not None:
+            needed = int(method.needed(tokens, lengths).max())
+        slots = cache_slots(needed)
         room = max(padded, stop.max_position)
         buffer = buffer or cache_slots(min(padded + stop.max_new_tokens, room))
     else:
@@ -225,7 +228,7 @@ def advance(
         if needed == 0 or ran >= until:
             return state, slots
         slots = cache_slots(int(needed)) if method.canvas is None else canvas_slots(int(needed))[0]
-        state = loop.grow(state, slots)
+        state = loop.grow(state, slots, method.resize)
         if mesh is not None:
             state = place(state, mesh)
 

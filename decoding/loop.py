@@ -133,6 +133,11 @@ class Method(NamedTuple):
       lossless: whether its text follows the target's distribution.
       canvas: for a method that fills masks; its state's `tokens` are then [B, S] for S slots.
       amounts: names of its own work counters that are not whole numbers.
+      needed: (tokens [B, M], lengths [B]) -> int [B], cache slots that the next round of rows with
+        these texts takes, of NumPy or JAX arrays; None where tokens have a slot each, which is
+        `lengths - 1 + lookahead`.
+      resize: (inner state, slots) -> the same with caches of so many slots; None to resize every
+        cache. For methods with caches that do not grow with the text.
     """
 
     name: str
@@ -147,6 +152,8 @@ class Method(NamedTuple):
     lossless: bool = True
     canvas: Canvas | None = None
     amounts: tuple[str, ...] = ()
+    needed: Callable[[Any, Any], Any] | None = None
+    resize: Callable[[Any, int], Any] | None = None
 
 
 def _is_cache(node: Any) -> bool:
@@ -225,7 +232,12 @@ def revise(
 
 def slots_needed(state: DecodeState, method: Method) -> jnp.ndarray:
     """Slots that the next round of the rows that are not done takes: int32 []."""
-    needed = state.lengths - 1 + method.lookahead if state.ends is None else state.ends
+    if state.ends is not None:
+        needed = state.ends
+    elif method.needed is not None:
+        needed = method.needed(state.tokens, state.lengths)
+    else:
+        needed = state.lengths - 1 + method.lookahead
     return jnp.where(state.active, needed, 0).max()
 
 
@@ -300,7 +312,7 @@ def start(
       memory: what `method.memory` took from an earlier run; None for a cold start.
       ends: int32 [B], where canvases end, at most `buffer`; None without a canvas.
       method: the method.
-      slots: cache slots to begin with, at least P.
+      slots: cache slots to begin with, at least P, or what `method.needed` says.
       buffer: M, at least P and as long as the longest row may grow.
     """
     B, P = tokens.shape
@@ -327,7 +339,11 @@ def start(
     )
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def grow(state: DecodeState, slots: int) -> DecodeState:
-    """The same state with caches of `slots` slots."""
+@functools.partial(jax.jit, static_argnames=("slots", "resize"))
+def grow(
+    state: DecodeState, slots: int, resize: Callable[[Any, int], Any] | None = None
+) -> DecodeState:
+    """The same state with caches of `slots` slots, by the method's own `resize` if it has one."""
+    if resize is not None:
+        return state.replace(inner=resize(state.inner, slots))
     return state.replace(inner=map_caches(lambda c: kv.resize(c, slots), state.inner))
