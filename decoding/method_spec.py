@@ -6,10 +6,10 @@ from typing import Any
 
 from decoding.loop import Method
 from decoding.sampling import SamplingConfig
-from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 
-Configs = Mapping[str, TransformerConfig]
+# By role: `TransformerConfig`s, or the `HierarchicalConfig` of a hierarchical method.
+Configs = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class MethodSpec:
         to right and needs causal ones.
       parts: its own trained parts, by the role that their parameters are given under.
       parts_with: (option, value) with which alone it needs its parts; None if it always does.
+      hierarchical: whether its target is a model of words (`models.hierarchical`).
     """
 
     summary: str
@@ -54,6 +55,7 @@ class MethodSpec:
     bidirectional: bool = False
     parts: tuple[str, ...] = ()
     parts_with: tuple[str, str] | None = None
+    hierarchical: bool = False
 
     def trained_parts(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Parts it needs with these option values, as `parse_options` returns them."""

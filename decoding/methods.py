@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from decoding import hierarchical
 from decoding.autoregressive import autoregressive
 from decoding.dynamic_vocabulary import ann_vocabulary
 from decoding.loop import Method
@@ -11,6 +12,7 @@ from decoding.sampling import SamplingConfig
 from decoding.speculative import aded, bild, chain_systems, token_recycling, tree_systems
 from decoding.unmasking import ete, learn2pd, llada, llada21, window_diffusion
 from models.errors import InputError, check_choice, nearest
+from models.hierarchical import HierarchicalConfig
 
 METHODS: dict[str, MethodSpec] = {
     "autoregressive": MethodSpec(
@@ -24,6 +26,7 @@ METHODS: dict[str, MethodSpec] = {
     "aded": aded.SPEC,
     "ann_vocabulary": ann_vocabulary.SPEC,
     "bild": bild.SPEC,
+    "hat": hierarchical.SPEC,
     "token_recycling": token_recycling.SPEC,
     **llada.SPECS,
     **llada21.SPECS,
@@ -84,6 +87,13 @@ def build(
     for role in method.roles_with(parsed):
         if role not in configs:
             raise InputError(f"method {name} needs a {role} model; given: {', '.join(configs)}")
+        if isinstance(configs[role], HierarchicalConfig) is not method.hierarchical:
+            kinds = ("tokens", "words")
+            raise InputError(
+                f"method {name}: the {role} model ({configs[role].family}) is one of "
+                f"{kinds[not method.hierarchical]}; allowed: models of "
+                f"{kinds[method.hierarchical]}"
+            )
         if configs[role].causal is method.bidirectional:
             does = "fills masks" if method.bidirectional else "writes from left to right"
             kinds = ("causal", "bidirectional")

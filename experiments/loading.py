@@ -20,12 +20,17 @@ from decoding import methods
 from decoding.dynamic_vocabulary import inverted_lists
 from decoding.loop import ModelParams
 from decoding.unmasking import learned_filter
-from models import hf_checkpoint, sharding, sizes, transformer
-from models.config import DTYPES, TransformerConfig
+from models import hf_checkpoint, hierarchical, parameter_files, sharding, sizes, transformer
+from models.config import DTYPES
 from models.errors import InputError, check_choice
+from models.hierarchical import HierarchicalConfig
 from models.tokenizer import Tokenizer
+from models.word_tokenizer import WordTokenizer
 
 RANDOM = "random:"
+
+# A `TransformerConfig`, or a `HierarchicalConfig`.
+Architecture = Any
 
 
 def _load_trigrams(path: Path) -> Any:
@@ -83,16 +88,18 @@ def parse_mesh(text: str | None) -> Mesh | None:
     return sharding.make_mesh(int(match[1]), int(match[2]))
 
 
-def load_config(source: str) -> TransformerConfig:
+def load_config(source: str) -> Architecture:
     """The architecture of a directory or of `random:SIZE`; errors as those of either."""
     if source.startswith(RANDOM):
         return sizes.get(source.removeprefix(RANDOM))
+    if parameter_files.kind_of(source) == hierarchical.KIND:
+        return hierarchical.load_config(source)
     return hf_checkpoint.load_config(source)
 
 
 def load_configs(
     method: str, sources: Mapping[str, str], options: Mapping[str, Any] | None = None
-) -> dict[str, TransformerConfig]:
+) -> dict[str, Architecture]:
     """The architectures that a method needs, by role.
 
     Args:
@@ -116,7 +123,7 @@ def load_configs(
     return check_vocabularies(sources)
 
 
-def check_vocabularies(sources: Mapping[str, str]) -> dict[str, TransformerConfig]:
+def check_vocabularies(sources: Mapping[str, str]) -> dict[str, Architecture]:
     """The architectures by role; InputError where one has not the target's vocabulary."""
     configs = {role: load_config(source) for role, source in sources.items()}
     for role in sources:
@@ -126,7 +133,7 @@ def check_vocabularies(sources: Mapping[str, str]) -> dict[str, TransformerConfi
 
 
 def _check_vocabulary(
-    role: str, sources: Mapping[str, str], configs: Mapping[str, TransformerConfig]
+    role: str, sources: Mapping[str, str], configs: Mapping[str, Architecture]
 ) -> None:
     """Raises InputError unless a model has its target's tokens, special ones aside."""
     size, target_size = configs[role].vocab_size, configs["target"].vocab_size
@@ -158,7 +165,7 @@ def _ordinary_tokens(file: Path) -> dict[int, str]:
 
 def load_model(
     source: str, *, dtype: str | None = None, mesh: Mesh | None = None, seed: int = 0
-) -> tuple[TransformerConfig, Any]:
+) -> tuple[Architecture, Any]:
     """A model's architecture and its parameters, on one device or laid out on a mesh.
 
     Args:
@@ -172,9 +179,11 @@ def load_model(
     """
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
+    if parameter_files.kind_of(source) == hierarchical.KIND:
+        return _load_hierarchical(source, dtype, mesh)
     if not source.startswith(RANDOM):
         return hf_checkpoint.load(source, dtype=dtype, mesh=mesh)
-    config = load_config(source)
+    config = sizes.get(source.removeprefix(RANDOM))
     config = config.replace(dtype=dtype or config.dtype)
 
     def make(key: jax.Array) -> Any:
@@ -186,11 +195,22 @@ def load_model(
     return config, jax.jit(make, out_shardings=layout)(jax.random.key(seed, impl="rbg"))
 
 
+def _load_hierarchical(
+    source: str, dtype: str | None, mesh: Mesh | None
+) -> tuple[HierarchicalConfig, Any]:
+    config, params = hierarchical.load(source)
+    config = config.replace(dtype=dtype or config.backbone.dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(config.backbone.compute_dtype), params)
+    if mesh is not None:
+        params = jax.device_put(params, sharding.tree_shardings(params, mesh))
+    return config, params
+
+
 def load_models(
     sources: Mapping[str, str], *, dtype: str | None = None, mesh: Mesh | None = None
-) -> tuple[dict[str, TransformerConfig], ModelParams]:
+) -> tuple[dict[str, Architecture], ModelParams]:
     """`load_model` by role; random ones differ even where their sizes are the same."""
-    configs: dict[str, TransformerConfig] = {}
+    configs: dict[str, Architecture] = {}
     params: ModelParams = {}
     for seed, (role, source) in enumerate(sources.items()):
         configs[role], params[role] = load_model(source, dtype=dtype, mesh=mesh, seed=seed)
@@ -252,15 +272,17 @@ def load_memory(method: str, directory: str | os.PathLike[str] | None) -> Any:
     return load(Path(directory) / file)
 
 
-def load_tokenizer(source: str, config: TransformerConfig) -> Tokenizer:
-    """The tokeniser of a directory; bytes for random weights."""
+def load_tokenizer(source: str, config: Architecture) -> Any:
+    """The `Tokenizer` of a directory, or its `WordTokenizer`; bytes for random weights."""
+    if isinstance(config, HierarchicalConfig):
+        return WordTokenizer(config)
     if source.startswith(RANDOM):
         return Tokenizer(None, config)
     return Tokenizer.from_directory(source, config)
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, record: Mapping[str, Any], index: int, chat: bool = False
+    tokenizer: Tokenizer | WordTokenizer, record: Mapping[str, Any], index: int, chat: bool = False
 ) -> Prompt:
     """Token ids of a prompt or a conversation.
 
@@ -298,7 +320,9 @@ def parse_ids(text: str, index: int) -> Prompt:
     return Prompt(str(index), None, ids)
 
 
-def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+def continuation(
+    tokenizer: Tokenizer | WordTokenizer, prompt_ids: Sequence[int], token_ids: Sequence[int]
+) -> str:
     """The text that `token_ids` add to a prompt's text.
 
     Decoded after the prompt, since on their own some tokenisers drop a leading space.

@@ -18,7 +18,7 @@ from decoding.speculative.drafting import Draft, Drafter, nothing, observe_nothi
 from decoding.speculative.tree import DraftTree
 from models import transformer
 from models.config import TransformerConfig
-from tests.models import random_models
+from tests.models import random_models, tiny_hierarchical
 
 TARGET = TransformerConfig(
     vocab_size=64,
@@ -92,7 +92,10 @@ PROMPTS = prompts()
 
 def build(name: str, temperature: float = 0.0, /, **options: Any) -> loop.Method:
     """A method on the tiny pair, or on MASKED; see also `decode`."""
-    configs = {"target": MASKED} if methods.spec(name).bidirectional else CONFIGS
+    spec = methods.spec(name)
+    configs: Mapping[str, Any] = {"target": MASKED} if spec.bidirectional else CONFIGS
+    if spec.hierarchical:
+        configs = {"target": tiny_hierarchical.HAT}
     return methods.build(name, configs, SamplingConfig(temperature=temperature), options)
 
 
