@@ -16,7 +16,7 @@ from tokenizers import models as token_models
 
 from decoding.dynamic_vocabulary import providers
 from decoding.dynamic_vocabulary.providers import Provider
-from models import byte_characters, hf_checkpoint
+from models import byte_characters, hf_checkpoint, token_tables
 from models.byte_level import ByteLevel
 from models.config import TransformerConfig
 from models.errors import InputError
@@ -109,7 +109,11 @@ def export(
     """
     own = providers.model_rows(config, params)
     made = providers.copying(provider, own, source.specials)
-    large = providers.with_rows(config, params, providers.in_chunks(made, tokens, chunk))
+    tables = providers.in_chunks(made, tokens, chunk)
+    large = (
+        token_tables.retokenized_config(config, len(tokens)),
+        token_tables.with_tables(params, tables),
+    )
     folder = Path(directory)
     backend = longest_prefix(source, tokens)
     with_tokenizer = folder.parent / f"{folder.name}-tokenizer"

@@ -101,7 +101,7 @@ class EmbeddingCache:
         return free + [self._slots.pop(token) for token in old]
 
     def _insert(self, tokens: list[str], slots: list[int]) -> None:
-        rows = self._provider.embed(tokens).inputs * self._scale
+        rows = np.asarray(self._provider.embed(tokens).input) * self._scale
         # Few shapes, so that few programs are compiled: what fills up goes to no row.
         size = 1 << (len(tokens) - 1).bit_length()
         index = np.full((size,), self.table.shape[0], np.int32)

@@ -59,16 +59,29 @@ def pad(
 def apply(
     config: TransformerConfig, params: Any, table: jnp.ndarray, rows: Rows, *, logits: bool = True
 ) -> transformer.Output:
+    """Runs a model on a padded batch of rows of a table [C, D], see `run`."""
+    return run(config, params, table[rows.slots], rows, logits=logits)
+
+
+def run(
+    config: TransformerConfig,
+    params: Any,
+    embeddings: jnp.ndarray,
+    rows: Rows,
+    *,
+    logits: bool = True,
+) -> transformer.Output:
     """Runs a model on a padded batch; what it says on padding means nothing.
 
     Args:
       config: causal for a decoder, bidirectional for an encoder.
       params: its parameters.
-      table: float [C, D], see `EmbeddingCache.table`.
-      rows: the batch; its slots are rows of the table.
+      embeddings: float [B, T, D], those of `EmbeddingCache.table`.
+      rows: what is padding, and positions.
       logits: whether they are needed.
     """
-    T = rows.slots.shape[1]
+    T = embeddings.shape[1]
+    positions = jnp.asarray(rows.positions)
     mask = masks.full(jnp.asarray(rows.valid), T)
     if config.causal:
         mask &= jnp.tri(T, dtype=bool)
@@ -76,9 +89,9 @@ def apply(
     return transformer.apply(
         config,
         params,
-        table[rows.slots],
-        positions=jnp.asarray(rows.positions),
+        embeddings,
+        positions=positions,
         mask=mask,
-        key_positions=jnp.asarray(rows.positions),
+        key_positions=positions,
         with_logits=logits,
     )

@@ -1,39 +1,22 @@
 """Where the embeddings of tokens come from that a model has no rows for.
 
-A provider is a function of token strings: of their constituents' rows (`average`, the heuristic
-called FVT), or of a hypernetwork (`models.hypernetwork`). `copying` puts the model's own rows in
-the place of what a provider says, as is always done for special tokens.
+A provider is a function of token strings: a mean of their constituents' rows (`average`, the
+heuristic called FVT) or what a hypernetwork predicts (`hypernetwork`). `copying` puts the model's
+own rows in the place of what a provider says, as is always done for special tokens.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from models import byte_level, embedding_heuristics, token_tables
+from models import hypernetwork as networks
+from models.byte_level import ByteLevel
 from models.config import TransformerConfig
 from models.errors import InputError
-
-
-class Embeddings(NamedTuple):
-    """Rows of n tokens, float32.
-
-    Attributes:
-      inputs: [n, D], before a model's `embedding_scale`.
-      outputs: [n, D], rows of the logits' kernel; None where embeddings are tied.
-    """
-
-    inputs: np.ndarray
-    outputs: np.ndarray | None
-
-    @property
-    def heads(self) -> np.ndarray:
-        """Rows that hidden states are multiplied with to give logits."""
-        return self.inputs if self.outputs is None else self.outputs
-
-    def take(self, index: Any) -> "Embeddings":
-        """Rows `index` of both tables; copies where it is an array."""
-        outputs = None if self.outputs is None else self.outputs[index]
-        return Embeddings(self.inputs[index], outputs)
+from models.token_tables import Tables
 
 
 class Provider(NamedTuple):
@@ -42,96 +25,117 @@ class Provider(NamedTuple):
     Attributes:
       name: as reports show it.
       width: D.
-      embed: token strings (byte characters) -> rows, in order. Each row depends on its own string
-        alone, so that tables can be made in parts and kept.
+      embed: strings of byte characters -> tables of as many rows, float32, on the host; inputs are
+        before a model's `embedding_scale`. Each row depends on its own string alone, so that tables
+        can be made in parts and kept.
     """
 
     name: str
     width: int
-    embed: Callable[[Sequence[str]], Embeddings]
+    embed: Callable[[Sequence[str]], Tables]
 
 
-def model_rows(config: TransformerConfig, params: Any) -> Embeddings:
-    """A model's own tables on the host: V rows each."""
-    inputs = np.asarray(params["embedder"]["embedding"], np.float32)
-    if config.tie_embeddings:
-        return Embeddings(inputs, None)
-    return Embeddings(inputs, np.asarray(params["lm_head"]["kernel"], np.float32).T)
+def model_rows(config: TransformerConfig, params: Any) -> Tables:
+    """A model's own tables on the host."""
+    return on_host(token_tables.tables(config, params))
 
 
-def with_rows(config: TransformerConfig, params: Any, rows: Embeddings) -> tuple[Any, Any]:
-    """A model whose vocabulary is `rows`: its config and its parameters."""
-    changed = dict(params)
-    changed["embedder"] = {**params["embedder"], "embedding": rows.inputs}
-    if not config.tie_embeddings:
-        assert rows.outputs is not None
-        changed["lm_head"] = {**params["lm_head"], "kernel": rows.outputs.T}
-    return config.replace(vocab_size=len(rows.inputs)), changed
+def on_host(tables: Tables) -> Tables:
+    """Tables as float32 arrays of numpy."""
+    return jax.tree.map(lambda table: np.asarray(table, np.float32), tables)
 
 
-def average(rows: Embeddings, pieces: Callable[[str], list[int]]) -> Provider:
+def average(
+    config: TransformerConfig, params: Any, pieces: Callable[[str], Sequence[int]]
+) -> Provider:
     """Mean of the rows of each token's constituents (FVT; section 2.2 of the sheet, point 5).
 
     A token of the model's own vocabulary is its own constituent, and keeps its row.
 
     Args:
-      rows: the model's tables, see `model_rows`.
-      pieces: ids of what a string decomposes into, see `byte_level.ByteLevel.decompose`.
+      config, params: the model whose rows are averaged.
+      pieces: ids of what a string decomposes into, see `ByteLevel.decompose`.
     """
+    table = np.asarray(token_tables.joined(model_rows(config, params)))
 
-    def mean(table: np.ndarray, ids: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Any:
-        return np.add.reduceat(table[ids], starts, axis=0) / sizes[:, None].astype(np.float32)
+    def embed(tokens: Sequence[str]) -> Tables:
+        none = np.full(len(tokens), -1)
+        found = embedding_heuristics.fvt(table, none, [pieces(token) for token in tokens])
+        return token_tables.split(config, found.astype(np.float32))  # type: ignore[arg-type]
 
-    def embed(tokens: Sequence[str]) -> Embeddings:
-        found = [pieces(token) for token in tokens]
-        for token, ids in zip(tokens, found, strict=True):
-            if not ids:
-                raise InputError(f"token: {token!r} has no constituents in the tokeniser")
-        if not found:
-            return rows.take(slice(0))
-        sizes = np.array([len(ids) for ids in found])
-        flat, starts = np.concatenate(found).astype(int), np.cumsum(sizes) - sizes
-        outputs = None if rows.outputs is None else mean(rows.outputs, flat, starts, sizes)
-        return Embeddings(mean(rows.inputs, flat, starts, sizes), outputs)
+    return Provider("fvt", config.embed_dim, embed)
 
-    return Provider("fvt", rows.inputs.shape[1], embed)
+
+def hypernetwork(
+    config: networks.HypernetworkConfig,
+    network: Any,
+    model: Tables,
+    source: ByteLevel,
+    *,
+    max_surface: int | None = None,
+    language: int | None = None,
+) -> Provider:
+    """What a hypernetwork predicts from each token's surface form.
+
+    Args:
+      config, network: the hypernetwork and its parameters.
+      model: tables of the language model that it was trained for.
+      source: that one's tokeniser.
+      max_surface: longest surface form (published: 4 for XLM-R, 7 for Mistral); None for what the
+        hypernetwork was trained with.
+      language: index of the language, where it has language embeddings.
+    """
+    table = token_tables.joined(model)
+    length = max_surface or config.max_surface
+
+    def embed(tokens: Sequence[str]) -> Tables:
+        found = byte_level.surfaces(source, tokens, pad_id=config.pad_id, max_length=length)
+        # A power of two, so that few sizes are compiled.
+        size = max(128, 1 << max(len(tokens) - 1, 0).bit_length())
+        ids = np.full((size, length), config.pad_id, np.int32)
+        ids[: len(tokens)] = found.ids
+        languages = None if language is None else np.full(size, language)
+        made = networks.predict(config, network, table, ids, languages)
+        return jax.tree.map(lambda rows: rows[: len(tokens)], on_host(made))
+
+    return Provider("hypernetwork", config.embed_dim, embed)
 
 
 def copying(
-    provider: Provider, rows: Embeddings, ids: Mapping[str, int], *, name: str | None = None
+    provider: Provider, model: Tables, ids: Mapping[str, int], *, name: str | None = None
 ) -> Provider:
     """A provider but for the tokens of `ids`, which have the model's own rows.
 
     Args:
       provider: asked for all other tokens, and only for these.
-      rows: the model's tables.
+      model: tables on the host, see `model_rows`.
       ids: special tokens (always), or the whole vocabulary where original embeddings are kept.
       name: of the result; default the provider's.
     """
 
-    def embed(tokens: Sequence[str]) -> Embeddings:
+    def embed(tokens: Sequence[str]) -> Tables:
         own = np.array([ids.get(token, -1) for token in tokens], int)
         others = provider.embed([token for token in tokens if token not in ids])
-        result = rows.take(np.maximum(own, 0))
-        result.inputs[own < 0] = others.inputs
-        if result.outputs is not None:
-            assert others.outputs is not None
-            result.outputs[own < 0] = others.outputs
-        return result
+
+        def put(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+            result = mine[np.maximum(own, 0)]
+            result[own < 0] = theirs
+            return result
+
+        bias = None if model.bias is None else others.bias
+        return jax.tree.map(put, model, others._replace(bias=bias))
 
     return Provider(name or provider.name, provider.width, embed)
 
 
-def in_chunks(provider: Provider, tokens: Sequence[str], chunk: int = 5000) -> Embeddings:
+def vocabulary(source: ByteLevel) -> dict[str, int]:
+    """Ids of a model's own tokens, bytes that were appended left out."""
+    return {token: i for i, token in enumerate(source.tokens[: source.num_original])}
+
+
+def in_chunks(provider: Provider, tokens: Sequence[str], chunk: int = 5000) -> Tables:
     """Tables of a large vocabulary, `chunk` tokens a call (published: 5,000)."""
     if chunk < 1:
         raise InputError(f"chunk: {chunk} must be at least 1")
-    return _concatenate(
-        provider.embed(tokens[start : start + chunk]) for start in range(0, len(tokens), chunk)
-    )
-
-
-def _concatenate(parts: Iterable[Embeddings]) -> Embeddings:
-    inputs, outputs = zip(*parts, strict=True)
-    tied = outputs[0] is None
-    return Embeddings(np.concatenate(inputs), None if tied else np.concatenate(outputs))
+    parts = [provider.embed(tokens[at : at + chunk]) for at in range(0, len(tokens), chunk)]
+    return jax.tree.map(lambda *tables: np.concatenate(tables), *parts)

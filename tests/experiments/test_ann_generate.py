@@ -28,12 +28,12 @@ def test_exported_directories_open_everywhere(tmp_path, run):
     _, model = hf_checkpoint.load(tmp_path / "large")
     rows = providers.model_rows(config, model)
     np.testing.assert_array_equal(
-        rows.outputs[:300], providers.model_rows(CONFIG, random_models.params(CONFIG)).outputs
+        rows.output[:300], providers.model_rows(CONFIG, random_models.params(CONFIG)).output
     )
     _, made = ann_index.build(
-        rows.outputs, large_vocabulary.token_bytes(source(), tokens()), lists=16
+        rows.output, large_vocabulary.token_bytes(source(), tokens()), lists=16
     )
-    shape = ann_index.build(rows.outputs, np.zeros(config.vocab_size), lists=16)[0]
+    shape = ann_index.build(rows.output, np.zeros(config.vocab_size), lists=16)[0]
     inverted_lists.save(tmp_path / "index", shape, made)
     loaded_shape, loaded = inverted_lists.load(tmp_path / "index")
     assert loaded_shape == shape

@@ -11,7 +11,7 @@ import pytest
 from decoding import generation, methods, stopping
 from decoding.dynamic_vocabulary import ann_vocabulary, boundaries, inverted_lists, providers
 from decoding.sampling import SamplingConfig
-from models import byte_characters, transformer
+from models import byte_characters, token_tables, transformer
 from models.errors import InputError
 from tests.decoding import tiny
 from tests.decoding.test_embedding_cache import CONFIG, fvt, params, source
@@ -36,10 +36,11 @@ def large():
     """The tiny model with the large vocabulary; rows of different norms."""
     rows = providers.in_chunks(fvt(), tokens())
     rng = np.random.default_rng(1)
-    outputs = rows.outputs * np.exp(rng.normal(0, 0.3, (len(tokens()), 1)))
+    outputs = rows.output * np.exp(rng.normal(0, 0.3, (len(tokens()), 1)))
     outputs = outputs + rng.normal(0, 0.02, outputs.shape)  # averages of the same rows are alike
-    rows = providers.Embeddings(rows.inputs, outputs.astype(np.float32))
-    return providers.with_rows(CONFIG.replace(eos_token_ids=(0,)), params(), rows)
+    rows = rows._replace(output=outputs.astype(np.float32))
+    config = token_tables.retokenized_config(CONFIG.replace(eos_token_ids=(0,)), len(tokens()))
+    return config, token_tables.with_tables(params(), rows)
 
 
 @functools.cache
