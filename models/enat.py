@@ -5,8 +5,12 @@ ENAT runs a deep encoder on visible tokens only and a shallow decoder on masked 
 the encoded visible tokens and each other; from step to step it encodes only what became visible
 and reuses, through a projector, features of what was visible before.
 
-Letters: B batch, N tokens of an image, K codes, d width; n, o and m tokens that are newly visible,
-visible before ('old'), and masked. Rows of a batch have equal counts, or lists are padded.
+What an image is of, the condition, is a class or, for a `TextENATConfig`, a vector of a text. The
+method's text variant is not public: how a vector conditions is this project's choice.
+
+Letters: B batch, N tokens of an image, K codes, d width, E width of text vectors; n, o and m tokens
+that are newly visible, visible before ('old'), and masked. Rows of a batch have equal counts, or
+lists are padded.
 """
 
 import dataclasses
@@ -81,6 +85,26 @@ class ENATConfig:
         return self.num_classes
 
 
+@dataclasses.dataclass(frozen=True)
+class TextENATConfig(ENATConfig):
+    """A network conditioned on text vectors instead of classes; `num_classes` is not read.
+
+    A vector is standardised by the mean and deviation of the training texts, which lie among the
+    parameters but are not trained, and projected to width d, in the place of the class
+    embedding. The vector of zeros is the null condition, and has an embedding of its own.
+
+    Attributes:
+      text_dim: E.
+    """
+
+    text_dim: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text_dim < 1:
+            raise InputError(f"enat.text_dim: {self.text_dim} must be at least 1")
+
+
 # ENAT-L for 256 x 256 pixels: 16 x 16 tokens of VQGAN_F16.
 ENAT_L = ENATConfig(
     num_codes=1024,
@@ -91,6 +115,8 @@ ENAT_L = ENATConfig(
     encoder_layers=22,
     decoder_layers=2,
 )
+# A split of ours, of the 219 million parameters that are reported for ENAT-B.
+ENAT_B = dataclasses.replace(ENAT_L, embed_dim=768, num_heads=12, encoder_layers=14)
 
 
 class Indices(NamedTuple):
@@ -131,6 +157,16 @@ class _Projector(nn.Module):
         return x + Mlp(self.config.mlp_ratio, dtype, name="mlp")(hidden)
 
 
+class _FixedAffine(nn.Module):
+    """scale x + bias, neither of which is trained."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return x * jax.lax.stop_gradient(scale) + jax.lax.stop_gradient(bias)
+
+
 class _Network(nn.Module):
     config: ENATConfig
 
@@ -139,7 +175,12 @@ class _Network(nn.Module):
         small = nn.initializers.normal(0.02)
         self.words = nn.Embed(config.num_codes + 1, config.embed_dim, embedding_init=small)
         self.positions = self.param("positions", small, (config.num_tokens, config.embed_dim))
-        self.classes = nn.Embed(config.num_classes + 1, config.embed_dim, embedding_init=small)
+        if isinstance(config, TextENATConfig):
+            self.text_norm = _FixedAffine()
+            self.text = Dense(config.embed_dim, dtype=dtype)
+            self.null_text = nn.Embed(1, config.embed_dim, embedding_init=small)
+        else:
+            self.classes = nn.Embed(config.num_classes + 1, config.embed_dim, embedding_init=small)
         self.input_norm = nn.LayerNorm(EPSILON, dtype=dtype)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -160,6 +201,16 @@ class _Network(nn.Module):
         x = self.input_norm(self.words(ids) + self.positions)
         return self.dropout(x, deterministic=not train)
 
+    def embed_condition(self, condition: jax.Array) -> jax.Array:
+        """[B, d] of classes int [B], or of text vectors [B, E]."""
+        if not isinstance(self.config, TextENATConfig):
+            embedded: jax.Array = self.classes(condition)
+            return embedded
+        projected = self.text(self.text_norm(condition))
+        given = jnp.any(condition != 0, axis=-1, keepdims=True)
+        null = self.null_text(jnp.zeros(condition.shape[:1], jnp.int32))
+        return jnp.where(given, projected, null.astype(projected.dtype))
+
     def logits(self, x: jax.Array) -> jax.Array:
         """Tied to the input embeddings, which get no gradient from here."""
         x = self.output_norm(nn.gelu(self.head(self.head_norm(x))))
@@ -170,14 +221,14 @@ class _Network(nn.Module):
     def __call__(
         self,
         ids: jax.Array,
-        classes: jax.Array,
+        condition: jax.Array,
         indices: Indices,
         reused: jax.Array | None,
         padded: bool,
         train: bool,
     ) -> Output:
         old, new, masked = indices
-        embedded, condition = self.embed(ids, train), self.classes(classes)
+        embedded, condition = self.embed(ids, train), self.embed_condition(condition)
         # One shape of computation for all kinds of call; empty parts vanish when traced.
         seen = jnp.zeros((ids.shape[0], 0, embedded.shape[-1]), embedded.dtype)
         if old.shape[1] or self.is_initializing():
@@ -201,18 +252,18 @@ class _Network(nn.Module):
     def uniform(
         self,
         ids: jax.Array,
-        classes: jax.Array,
+        condition: jax.Array,
         masked: jax.Array,
         mask: jax.Array | None,
         train: bool,
     ) -> Output:
-        x, condition = self.embed(ids, train), self.classes(classes)
+        x, condition = self.embed(ids, train), self.embed_condition(condition)
         for block in [*self.encoder, *self.decoder]:
             x = block(x, condition, mask=mask)
         return Output(self.logits(gather(x, masked)), x)
 
-    def encode_only(self, ids: jax.Array, classes: jax.Array, new: jax.Array) -> jax.Array:
-        x, condition = gather(self.embed(ids, False), new), self.classes(classes)
+    def encode_only(self, ids: jax.Array, condition: jax.Array, new: jax.Array) -> jax.Array:
+        x, condition = gather(self.embed(ids, False), new), self.embed_condition(condition)
         mask = _key_mask(self.config, (new,), new)
         for block in self.encoder:
             x = block(x, condition, mask=mask)
@@ -239,14 +290,27 @@ def _key_mask(config: ENATConfig, keys: tuple[jax.Array, ...], queries: jax.Arra
 def init(config: ENATConfig, key: jax.Array) -> Any:
     """Parameters: a nested dict, float32."""
     ids = jnp.zeros((1, config.num_tokens), jnp.int32)
-    classes, one = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    null, one = null_condition(config, 1), jnp.zeros((1, 1), jnp.int32)
     network, rngs = _Network(config), {"params": key}
     if not config.disentangled:
-        variables = network.init(rngs, ids, classes, one, None, False, method=_Network.uniform)
+        variables = network.init(rngs, ids, null, one, None, False, method=_Network.uniform)
     else:
         indices = Indices(one[:, :0], one, one)
-        variables = network.init(rngs, ids, classes, indices, None, False, False)
+        variables = network.init(rngs, ids, null, indices, None, False, False)
     return variables["params"]
+
+
+def with_text_statistics(params: Any, mean: Any, deviation: Any) -> Any:
+    """Parameters of a `TextENATConfig` that standardise by a mean and a deviation [E]."""
+    scale = 1 / jnp.asarray(deviation)
+    return {**params, "text_norm": {"scale": scale, "bias": -scale * mean}}
+
+
+def null_condition(config: ENATConfig, rows: int) -> jax.Array:
+    """The condition of images of nothing in particular, for guidance: int [B], or [B, E]."""
+    if isinstance(config, TextENATConfig):
+        return jnp.zeros((rows, config.text_dim))
+    return jnp.full((rows,), config.null_class, jnp.int32)
 
 
 def param_shapes(config: ENATConfig) -> Any:
@@ -258,7 +322,7 @@ def apply(
     config: ENATConfig,
     params: Any,
     ids: jax.Array,
-    classes: jax.Array,
+    condition: jax.Array,
     indices: Indices,
     *,
     reused: jax.Array | None = None,
@@ -272,7 +336,8 @@ def apply(
       config: which network.
       params: of it.
       ids: int [B, N]; the mask id where masked.
-      classes: int [B], the null class among them.
+      condition: classes int [B], the null class among them; text vectors [B, E] for a
+        `TextENATConfig`, the null vector of zeros among them.
       indices: see `Indices`; the uniform network reads `masked` only.
       reused: [B, N, d], an earlier call's features; needed where `indices.old` is not empty. No
         gradient flows into them.
@@ -281,14 +346,18 @@ def apply(
       dropout_key: for training; None for evaluation.
 
     Raises:
-      InputError: old tokens without features, or an attention mask for the disentangled network.
+      InputError: old tokens without features, an attention mask for the disentangled network, or
+        a condition of another shape.
     """
+    expected = null_condition(config, ids.shape[0]).shape
+    if jnp.shape(condition) != expected:
+        raise InputError(f"condition: shape {jnp.shape(condition)} must be {expected}")
     train = dropout_key is not None
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     network = _Network(config)
     if not config.disentangled:
         uniform: Any = network.apply(
-            {"params": params}, ids, classes, indices.masked, attention_mask, train,
+            {"params": params}, ids, condition, indices.masked, attention_mask, train,
             rngs=rngs, method=_Network.uniform,
         )  # fmt: skip
         return uniform
@@ -298,13 +367,13 @@ def apply(
         raise InputError(f"reused: None, but {indices.old.shape[1]} tokens are to be reused")
     reused = None if reused is None else jax.lax.stop_gradient(reused)
     output: Any = network.apply(
-        {"params": params}, ids, classes, indices, reused, padded, train, rngs=rngs
+        {"params": params}, ids, condition, indices, reused, padded, train, rngs=rngs
     )
     return Output(*output)
 
 
 def encode_visible(
-    config: ENATConfig, params: Any, ids: jax.Array, classes: jax.Array, visible: jax.Array
+    config: ENATConfig, params: Any, ids: jax.Array, condition: jax.Array, visible: jax.Array
 ) -> jax.Array:
     """Features [B, N, d] of the tokens at int [B, v] (padded with N) alone, zero elsewhere.
 
@@ -312,7 +381,7 @@ def encode_visible(
     decoder need not run.
     """
     found: Any = _Network(config).apply(
-        {"params": params}, ids, classes, visible, method=_Network.encode_only
+        {"params": params}, ids, condition, visible, method=_Network.encode_only
     )
     grid = jnp.zeros((*ids.shape, config.embed_dim), found.dtype)
     return scatter(grid, visible, found)
@@ -367,4 +436,8 @@ def save(directory: Any, config: ENATConfig, params: Any) -> None:
 
 def load(directory: Any) -> tuple[ENATConfig, Any]:
     """Reads what `save` wrote; errors as `parameter_files.load`."""
-    return parameter_files.load(directory, KIND, ENATConfig, param_shapes)
+
+    def config_of(**fields: Any) -> ENATConfig:
+        return (TextENATConfig if "text_dim" in fields else ENATConfig)(**fields)
+
+    return parameter_files.load(directory, KIND, config_of, param_shapes)

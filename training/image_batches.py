@@ -1,7 +1,7 @@
 """Labelled images as batches: crop, scale, shuffle, shard, resume.
 
 Any tfds dataset with an image and a label will do: the digits made here, or imagenet2012 prepared
-as array_record.
+as array_record. Captioned images (`image_captions`) need no label.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class LabelledImages(Sequence):
       size: pixels a side that images are brought to: the largest centred square, scaled (area
         averages down, bicubic up). None where all images have one size already.
       image_field, label_field: names of the features. A label of several numbers counts by its
-        first.
+        first; without a label field every label is -1.
 
     Raises:
       InputError: no examples, or a field that is missing.
@@ -40,12 +40,12 @@ class LabelledImages(Sequence):
         *,
         size: int | None = None,
         image_field: str = "image",
-        label_field: str = "label",
+        label_field: str | None = "label",
     ):
         if not len(examples):
             raise InputError("examples: the data source has no examples")
         for name, field in (("image_field", image_field), ("label_field", label_field)):
-            if field not in (first := examples[0]):
+            if field is not None and field not in (first := examples[0]):
                 raise InputError(
                     f"{name}: {field!r} is not among the fields{nearest(field, first)}; allowed: "
                     f"{', '.join(sorted(first))}"
@@ -63,7 +63,7 @@ class LabelledImages(Sequence):
         image = example[self._image]
         if self._size is not None and image.shape[:2] != (self._size, self._size):
             image = centre_crop(image, self._size)
-        label = np.asarray(example[self._label]).reshape(-1)[0]
+        label = -1 if self._label is None else np.asarray(example[self._label]).reshape(-1)[0]
         return {"images": image.astype(np.float32) / 255, "labels": np.int32(label)}
 
 
@@ -90,7 +90,7 @@ class ImageData:
       train_split, eval_split: in tfds' notation.
       data_dir: where a public dataset is prepared; None for tfds' default. (Our own are kept in
         the cache.)
-      image_field, label_field: names of the features.
+      image_field, label_field: names of the features; `label_field` None where there is none.
     """
 
     dataset: str = "digit_scenes"
@@ -100,22 +100,26 @@ class ImageData:
     eval_split: str = "validation"
     data_dir: str | None = None
     image_field: str = "image"
-    label_field: str = "label"
+    label_field: str | None = "label"
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 1:
             raise InputError(f"data.sizes: {self.sizes} must be positive numbers of pixels")
 
 
+def load_examples(data: ImageData, split: str, size: int, cache: pathlib.Path) -> Examples:
+    """One split as it is stored; of our own datasets, at one size."""
+    options, folder = dict(data.options), data.data_dir
+    if data.dataset in registry.BUILDERS:
+        options["size"], folder = size, str(cache / "datasets")
+    return registry.load(data.dataset, split, data_dir=folder, **options)
+
+
 def load_images(data: ImageData, split: str, size: int, cache: pathlib.Path) -> LabelledImages:
     """One split at one size; our own datasets are drawn at that size, others cropped to it."""
-    options, folder = dict(data.options), data.data_dir
-    crop: int | None = size
-    if data.dataset in registry.BUILDERS:
-        options["size"], folder, crop = size, str(cache / "datasets"), None
     return LabelledImages(
-        registry.load(data.dataset, split, data_dir=folder, **options),
-        size=crop,
+        load_examples(data, split, size, cache),
+        size=None if data.dataset in registry.BUILDERS else size,
         image_field=data.image_field,
         label_field=data.label_field,
     )

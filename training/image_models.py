@@ -10,24 +10,27 @@ import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from models import enat, files, hf_checkpoint, image_classifier, row_causal, vq
-from models.enat import ENATConfig
+from models.enat import TextENATConfig
 from models.errors import InputError, check_choice
 from models.image_classifier import ClassifierConfig
 from models.row_causal import ResamplerConfig
 from models.vq import VQConfig
 from training import (
     artifacts,
+    base_models,
     checkpoints,
     image_batches,
+    image_captions,
     image_language_model,
     image_samplers,
     image_tokens,
     loop,
     masked_image,
+    masked_image_recipes,
     metric_writers,
     vq_tokenizer,
 )
@@ -35,15 +38,19 @@ from training import image_classifier as classifier_training
 from training.base_models import SUMMARY_FILE
 from training.data_parallel import RunConfig
 from training.image_batches import ImageData, data_identity, load_images
+from training.image_captions import CaptionedImageModel, CaptionedTokens
 from training.image_language_model import ImageLanguageModel
 from training.image_samplers import SamplerModel
 from training.language_model import TrainConfig as LanguageTrainConfig
+from training.masked_image import MaskedImageModel
 from training.optimizers import OptimizerConfig
 
 # Part of every hash. Raise it when a change of code changes what the same recipe trains.
 CODE_VERSION = 1
 # Of the validation split, at an evaluation of a masked model.
 _EVAL_BATCHES = 16
+# What a parent is, by content, by its role: weights, and for a text model its tokeniser too.
+_CONTENT_OF = {"text_model": image_captions.fingerprint}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,61 +110,6 @@ def _sampler(direction: str, small: int, large: int, objective: str, steps: int)
     return SamplerModel(ImageData(sizes=(small, large)), train, "digits_vq32")
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskedImageModel:
-    """The recipe of a masked model of image tokens: ENAT or the uniform network.
-
-    Attributes:
-      data: labelled images of one size.
-      train: the run.
-      tokenizer: the tokeniser, by its name in `RECIPES` or as a directory.
-      flip: train on mirror images too.
-    """
-
-    data: ImageData
-    train: masked_image.TrainConfig
-    tokenizer: str = "digits_vq32"
-    flip: bool = False
-
-    @property
-    def parents(self) -> dict[str, str]:
-        return {"tokenizer": self.tokenizer}
-
-
-def _digits_masked(encoder: int, decoder: int, **more: Any) -> MaskedImageModel:
-    return MaskedImageModel(
-        ImageData(sizes=(32,)),
-        masked_image.TrainConfig(
-            model=ENATConfig(embed_dim=64, encoder_layers=encoder, decoder_layers=decoder, **more),
-            run=RunConfig(num_steps=2000, batch_size=32, eval_every=500, checkpoint_every=500),
-            optimizer=OptimizerConfig(
-                learning_rate=2e-3, warmup_steps=100, weight_decay=0.03, beta2=0.99
-            ),
-            ema_decay=0.995,
-        ),
-    )
-
-
-def _imagenet_masked(model: ENATConfig) -> MaskedImageModel:
-    """The published training at 256 pixels, for a tokeniser and a dataset of your own."""
-    return MaskedImageModel(
-        ImageData("imagenet2012", sizes=(256,)),
-        masked_image.TrainConfig(
-            model=model,
-            run=RunConfig(
-                num_steps=500_000, batch_size=2048, log_every=100, eval_every=5000,
-                checkpoint_every=5000,
-            ),
-            optimizer=OptimizerConfig(
-                learning_rate=4e-4, warmup_steps=5000, final_fraction=1.0, weight_decay=0.03,
-                beta1=0.99, beta2=0.99, clip_norm=None,
-            ),
-        ),
-        tokenizer="checkpoints/vq",
-        flip=True,
-    )  # fmt: skip
-
-
 RECIPES: dict[str, Any] = {
     # One codebook for the three sizes of the digits.
     "digits_vq32": VQModel(
@@ -190,15 +142,7 @@ RECIPES: dict[str, Any] = {
         for small, large in ((16, 32), (32, 64), (16, 64))
         for objective, suffix in (("pixels", ""), ("tokens", "_tokens"))
     },
-    # ENAT at three splits of six layers, the uniform network of as many layers, and the one whose
-    # sampling costs about as much as ENAT's without reuse.
-    "digits_enat_e5d1": _digits_masked(5, 1),
-    "digits_enat_e3d3": _digits_masked(3, 3),
-    "digits_enat_e1d5": _digits_masked(1, 5),
-    "digits_nat_l6": _digits_masked(6, 0, disentangled=False),
-    "digits_nat_l3": _digits_masked(3, 0, disentangled=False),
-    "imagenet_enat_l": _imagenet_masked(enat.ENAT_L),
-    "imagenet_nat_l": _imagenet_masked(dataclasses.replace(enat.ENAT_L, disentangled=False)),
+    **masked_image_recipes.RECIPES,
 }
 
 
@@ -259,7 +203,10 @@ def ensure_recipe(name: str, chosen: Any, cache: pathlib.Path) -> pathlib.Path:
     identity = {
         "recipe": dataclasses.asdict(chosen),
         "data": data_identity(chosen.data, cache),
-        "parents": {role: artifacts.content_hash(directory) for role, directory in parents.items()},
+        "parents": {
+            role: _CONTENT_OF.get(role, artifacts.content_hash)(directory)
+            for role, directory in parents.items()
+        },
         "code_version": CODE_VERSION,
     }
     final = cache / "models" / f"{name}-{artifacts.digest(identity)}"
@@ -274,6 +221,8 @@ def ensure_recipe(name: str, chosen: Any, cache: pathlib.Path) -> pathlib.Path:
 
 def resolve(source: str, cache: pathlib.Path) -> pathlib.Path:
     """The directory of a model: of the recipe called `source`, trained if need be, or `source`."""
+    if source in base_models.RECIPES:
+        return base_models.ensure(source, cache_dir=cache)
     return ensure(source, cache_dir=cache) if source in RECIPES else pathlib.Path(source)
 
 
@@ -364,10 +313,7 @@ def _make_masked(chosen: MaskedImageModel, making: Making) -> loop.Result:
             f"at {data.sizes[0]} pixels"
         )
     train, held_out = (
-        image_tokens.ensure(
-            making.parents["tokenizer"], data, split, making.cache, flip=chosen.flip
-        )
-        for split in (data.train_split, data.eval_split)
+        _tokens(chosen, making, split) for split in (data.train_split, data.eval_split)
     )
     trained = masked_image.train(
         chosen.train,
@@ -375,10 +321,34 @@ def _make_masked(chosen: MaskedImageModel, making: Making) -> loop.Result:
         eval_batches=lambda: itertools.islice(
             image_batches.in_order(held_out, run.batch_size), _EVAL_BATCHES
         ),
+        text_statistics=(
+            image_captions.statistics(train.captions)
+            if isinstance(train, CaptionedTokens)
+            else None
+        ),
         **making.run,
     )
     enat.save(making.result, model, trained.state.ema)
     return trained
+
+
+def _tokens(chosen: MaskedImageModel, making: Making, split: str) -> Sequence[Any]:
+    """What a masked model learns from: token ids with labels, or with vectors of captions."""
+    tokens = image_tokens.ensure(
+        making.parents["tokenizer"], chosen.data, split, making.cache, flip=chosen.flip
+    )
+    if not isinstance(chosen, CaptionedImageModel):
+        return tokens
+    found = image_captions.ensure(
+        making.parents["text_model"], chosen.captions, chosen.data, split, making.cache
+    )
+    model, width = chosen.train.model, found.vectors.shape[1]
+    if isinstance(model, TextENATConfig) and model.text_dim != width:
+        raise InputError(
+            f"train.model.text_dim: {model.text_dim} must be {width}, of "
+            f"{chosen.captions.text_model}"
+        )
+    return CaptionedTokens(tokens, found)
 
 
 # How a recipe's model is made: trains it and saves it in `Making.result`.
@@ -386,6 +356,7 @@ MAKERS: dict[type, Callable[[Any, Making], loop.Result]] = {
     VQModel: _make_vq,
     ClassifierModel: _make_classifier,
     MaskedImageModel: _make_masked,
+    CaptionedImageModel: _make_masked,
     ImageLanguageModel: _make_autoregressive,
     SamplerModel: _make_sampler,
 }

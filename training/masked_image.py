@@ -22,10 +22,11 @@ import optax
 from flax import struct
 
 from models import enat
-from models.enat import ENATConfig, Indices
+from models.enat import ENATConfig, Indices, TextENATConfig
 from models.errors import InputError, check_choice
 from training import data_parallel, loop, losses, optimizers
 from training.data_parallel import RunConfig
+from training.image_batches import ImageData
 from training.optimizers import OptimizerConfig
 
 MASK_RATIOS = ("beta", "cosine")
@@ -45,8 +46,8 @@ class TrainConfig:
       mask_ratio: 'beta' for Beta(12, 3); 'cosine' for MaskGIT's cos(pi u / 2), u uniform.
       label_smoothing: share of a target's weight that is spread over all codes.
       reuse_probability: of a batch with features to reuse (disentangled network only).
-      label_dropout: labels that the data replaces by the null class; the averaged network sees
-        these too.
+      label_dropout: labels (or texts) that the data replaces by the null condition; the averaged
+        network sees these too.
       embedder_dropout: labels that the network itself drops beside, in training only. Together
         1 - 0.85 * 0.9 = 0.235.
       ema_decay: of the averaged parameters, each step.
@@ -72,6 +73,27 @@ class TrainConfig:
                 raise InputError(f"{name}: {value} must be between 0 and 1")
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskedImageModel:
+    """The recipe of a masked model of image tokens: ENAT or the uniform network.
+
+    Attributes:
+      data: labelled images of one size.
+      train: the run.
+      tokenizer: the tokeniser, by its name in `image_models.RECIPES` or as a directory.
+      flip: train on mirror images too.
+    """
+
+    data: ImageData
+    train: TrainConfig
+    tokenizer: str = "digits_vq32"
+    flip: bool = False
+
+    @property
+    def parents(self) -> dict[str, str]:
+        return {"tokenizer": self.tokenizer}
+
+
 @struct.dataclass
 class TrainState:
     """What a step reads and writes: int32 [] step, parameters, their average, the optimiser's."""
@@ -90,7 +112,7 @@ class Corrupted:
 
     Args:
       config: of the run.
-      batches: dicts with `ids` int32 [B, N] and `labels` int32 [B].
+      batches: dicts with `ids` int32 [B, N] and `labels` int32 [B], or `text` float32 [B, E].
       process_index: draws which tokens; how many is the same in all processes.
     """
 
@@ -104,7 +126,7 @@ class Corrupted:
         shared = np.random.default_rng(seed)
         own = np.random.default_rng((*seed, 1 + self._process))
         self._count += 1
-        return {**batch, **corrupt(self._config, len(batch["labels"]), shared, own)}
+        return {**batch, **corrupt(self._config, len(batch["ids"]), shared, own)}
 
     def get_state(self) -> Any:
         return {"batches": self._batches.get_state(), "count": self._count}
@@ -171,16 +193,19 @@ def train(
     workdir: str | pathlib.Path,
     identity: Mapping[str, Any] | None = None,
     description: str = "masked image model",
+    text_statistics: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> loop.Result:
     """Trains a masked image model, or goes on where `workdir` left off.
 
     Args:
       config: see `TrainConfig`.
-      train_batches: endless; dicts with `ids` int32 [B, N] and `labels` int32 [B], not
-        corrupted.
+      train_batches: endless; dicts with `ids` int32 [B, N] and `labels` int32 [B], or `text`
+        float32 [B, E] for a network that is conditioned on text, not corrupted.
       eval_batches: makes an iterator of such batches, each of which is masked the same way at
         every evaluation; None for none.
       workdir, identity, description: as in `vq_tokenizer.train`.
+      text_statistics: for a network that is conditioned on text, the mean and deviation float32
+        [E] of the training texts.
 
     Returns:
       The final `TrainState` in `Result.state`; `Result.metrics` has `eval_loss`, nats a masked
@@ -192,7 +217,7 @@ def train(
     return data_parallel.run(
         config.run,
         functools.partial(train_step, config),
-        functools.partial(init_state, config),
+        functools.partial(init_state, config, text_statistics),
         batches=Corrupted(config, train_batches, process_index=jax.process_index()),
         settings={**dataclasses.asdict(config), "identity": identity},
         workdir=workdir,
@@ -202,26 +227,37 @@ def train(
     )
 
 
-def init_state(config: TrainConfig) -> TrainState:
-    """The state of step 0."""
+def init_state(
+    config: TrainConfig, text_statistics: tuple[np.ndarray, np.ndarray] | None = None
+) -> TrainState:
+    """The state of step 0; see `train`."""
     params = enat.init(config.model, jax.random.key(config.run.seed))
+    if text_statistics is not None:
+        params = enat.with_text_statistics(params, *text_statistics)
     optimizer = optimizers.create(config.optimizer, config.run.num_steps)
     average = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params))
 
 
-def drop_labels(
-    config: TrainConfig, labels: jax.Array, key: jax.Array
+def condition_of(config: TrainConfig, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """What the images of a batch are of: labels [B], or text vectors [B, E]."""
+    return batch["text" if isinstance(config.model, TextENATConfig) else "labels"]
+
+
+def drop_conditions(
+    config: TrainConfig, conditions: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Labels [B] as the data hands them out, and as the trained network sees them."""
-    null = config.model.null_class
-    first, second = jax.random.uniform(key, (2, *labels.shape))
-    given = jnp.where(first < config.label_dropout, null, labels)
+    """Conditions as the data hands them out, and as the trained network sees them."""
+    rows = conditions.shape[0]
+    null = enat.null_condition(config.model, rows)
+    draws = jax.random.uniform(key, (2, rows))
+    first, second = draws.reshape(2, rows, *[1] * (conditions.ndim - 1))
+    given = jnp.where(first < config.label_dropout, null, conditions)
     return given, jnp.where(second < config.embedder_dropout, null, given)
 
 
 def reused_features(
-    config: TrainConfig, ema: Any, ids: jax.Array, labels: jax.Array, old: jax.Array
+    config: TrainConfig, ema: Any, ids: jax.Array, conditions: jax.Array, old: jax.Array
 ) -> jax.Array:
     """Features [B, N, d] of the `old` tokens from the averaged network, without gradient.
 
@@ -231,7 +267,9 @@ def reused_features(
     return jax.lax.stop_gradient(
         jax.lax.cond(
             jnp.any(old < config.model.num_tokens),
-            lambda: enat.encode_visible(config.model, ema, ids, labels, old).astype(jnp.float32),
+            lambda: enat.encode_visible(config.model, ema, ids, conditions, old).astype(
+                jnp.float32
+            ),
             lambda: jnp.zeros(shape, jnp.float32),
         )
     )
@@ -241,7 +279,7 @@ def loss_fn(
     config: TrainConfig,
     params: Any,
     batch: Mapping[str, jax.Array],
-    labels: jax.Array,
+    conditions: jax.Array,
     reused: jax.Array | None,
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -252,7 +290,14 @@ def loss_fn(
         batch["ids"], indices.masked, jnp.full_like(indices.masked, model.mask_id)
     )
     output = enat.apply(
-        model, params, hidden, labels, indices, reused=reused, padded=True, dropout_key=dropout_key
+        model,
+        params,
+        hidden,
+        conditions,
+        indices,
+        reused=reused,
+        padded=True,
+        dropout_key=dropout_key,
     )
     safe = jnp.minimum(indices.masked, model.num_tokens - 1)
     targets = jnp.take_along_axis(batch["ids"], safe, axis=1)
@@ -268,8 +313,8 @@ def train_step(
 ) -> tuple[TrainState, loop.Metrics]:
     """One update, to be jitted; compiled once for each length of the lists."""
     key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-    label_key, dropout_key = jax.random.split(key)
-    given, seen = drop_labels(config, batch["labels"], label_key)
+    drop_key, dropout_key = jax.random.split(key)
+    given, seen = drop_conditions(config, condition_of(config, batch), drop_key)
     reused = None
     if config.model.disentangled:
         reused = reused_features(config, state.ema, batch["ids"], given, batch["old"])
@@ -294,7 +339,7 @@ def _evaluator(
     @jax.jit
     def measure(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         reused = jnp.zeros((*batch["ids"].shape, config.model.embed_dim))
-        _, nats = loss_fn(plain, params, batch, batch["labels"], reused, None)
+        _, nats = loss_fn(plain, params, batch, condition_of(plain, batch), reused, None)
         count = jnp.sum(batch["masked"] < config.model.num_tokens)
         return nats * count, count
 
@@ -302,7 +347,7 @@ def _evaluator(
         total, tokens = 0.0, 0
         for number, batch in enumerate(batches()):
             rng = np.random.default_rng(number)
-            masks = corrupt(plain, len(batch["labels"]), rng, rng)
+            masks = corrupt(plain, len(batch["ids"]), rng, rng)
             nats, count = jax.device_get(measure(state.ema, {**batch, **masks}))
             total, tokens = total + float(nats), tokens + int(count)
         if not tokens:

@@ -136,7 +136,7 @@ def sample(
     sampler: SamplerConfig,
     params: Any,
     keys: jax.Array,
-    classes: jax.Array,
+    condition: jax.Array,
 ) -> Sampled:
     """Draws an image's tokens for each row, compiled once for each pair of configs and each B.
 
@@ -144,10 +144,11 @@ def sample(
       config: either network.
       sampler: see `SamplerConfig`.
       params: of the network; for quality, the averaged ones.
-      keys: one a row, [B]; `randomness.row_keys`. A row's image depends on its key and class only.
-      classes: int [B].
+      keys: one a row, [B]; `randomness.row_keys`. A row's image depends on its key and condition
+        only.
+      condition: classes int [B], or text vectors [B, E]; see `enat.apply`.
     """
-    B, N = classes.shape[0], config.num_tokens
+    B, N = condition.shape[0], config.num_tokens
     lists = work(config, sampler)
     counts = masks_before(N, sampler.steps)
     ids = jnp.full((B, N), config.mask_id, jnp.int32)
@@ -160,7 +161,7 @@ def sample(
         indices = Indices(
             positions(~before, old), positions(before & ~masked, new), positions(masked, now)
         )
-        both = [classes, jnp.full_like(classes, config.null_class)][:branches]
+        both = [condition, enat.null_condition(config, B)][:branches]
         twice = lambda x: jnp.tile(x, (branches, 1))  # noqa: B023, E731
         output = enat.apply(
             config,

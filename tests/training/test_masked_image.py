@@ -100,7 +100,7 @@ def test_the_uniform_network_has_one_length_and_no_reuse():
 
 def test_labels_are_dropped_twice():
     labels = jnp.zeros(40_000, jnp.int32)
-    given, seen = masked_image.drop_labels(CONFIG, labels, jax.random.key(0))
+    given, seen = masked_image.drop_conditions(CONFIG, labels, jax.random.key(0))
     null = MODEL.null_class
     assert np.mean(given == null) == pytest.approx(0.15, abs=0.01)
     assert np.mean(seen == null) == pytest.approx(0.235, abs=0.01)

@@ -5,7 +5,7 @@ example i of every other size, seen coarser or finer.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ _SOURCE_SIDE = 8  # pixels of scikit-learn's images, whose values are 0 to 16
 _SCALES = (0.8, 1.0)  # a digit's side as a share of its cell
 _SHIFT = 0.08  # largest, either way, as a share of the cell
 _INTENSITIES = (0.75, 1.0)
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @functools.cache
@@ -72,6 +73,13 @@ def at_size(image: np.ndarray, size: int) -> np.ndarray:
     return np.rint(pooled * 255).astype(np.uint8)[..., None]
 
 
+def caption(labels: Sequence[int], grid: int) -> str:
+    """A scene in words: 'three', or 'three and seven above one and zero'."""
+    words = [_WORDS[label] for label in labels]
+    rows = [words[row * grid : (row + 1) * grid] for row in range(grid)]
+    return " above ".join(" and ".join(row) for row in rows)
+
+
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
     """Digits as images; splits by source digit, so that no test digit is in training.
 
@@ -81,9 +89,10 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
       variants: images for each source digit, which is the first of its scene; the others are
         drawn from the same split.
       seed: of the transformations and scenes.
+      captions: whether examples say in words what they show; the images are the same.
 
     Examples: {image: uint8 [size, size, 1], label: the first digit, labels: int64 [grid * grid]
-    in reading order}.
+    in reading order}, and caption: see `caption`, if asked for.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -96,6 +105,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
         grid: int = 1,
         variants: int = 4,
         seed: int = 0,
+        captions: bool = False,
         data_dir: str | None = None,
     ):
         for name, value, allowed in (("size", size, SIZES), ("grid", grid, GRIDS)):
@@ -105,17 +115,21 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
             if value < least:
                 raise InputError(f"{name}: {value} must be at least {least}")
         self._size, self._grid, self._variants, self._seed = size, grid, variants, seed
+        self._captions = captions
         options = {"size": size, "grid": grid, "variants": variants, "seed": seed}
+        if captions:  # without them examples, and so their folder, are as ever
+            options["captions"] = True
         super().__init__(data_dir=data_dir, config=identity.builder_config(options))
 
     def _info(self) -> tfds.core.DatasetInfo:
         image = tfds.features.Tensor(shape=(self._size, self._size, 1), dtype=np.uint8)
         labels = tfds.features.Tensor(shape=(self._grid**2,), dtype=np.int64)
+        words = {"caption": tfds.features.Text()} if self._captions else {}
         return tfds.core.DatasetInfo(
             builder=self,
             description="Handwritten digits at several aligned resolutions.",
             features=tfds.features.FeaturesDict(
-                {"image": image, "label": np.int64, "labels": labels}
+                {"image": image, "label": np.int64, "labels": labels, **words}
             ),
             disable_shuffling=True,
         )
@@ -134,4 +148,5 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
             sources = [source, *map(int, others)]
             image = at_size(draw_scene(sources, self._grid, rng), self._size)
             labels = digit_labels[sources]
-            yield index, {"image": image, "label": labels[0], "labels": labels}
+            words = {"caption": caption(labels.tolist(), self._grid)} if self._captions else {}
+            yield index, {"image": image, "label": labels[0], "labels": labels, **words}
