@@ -45,6 +45,7 @@ class MethodSpec:
       parts: its own trained parts, by the role that their parameters are given under.
       parts_with: (option, value) with which alone it needs its parts; None if it always does.
       hierarchical: whether its target is a model of words (`models.hierarchical`).
+      reads_words: whether its target reads words from bytes (`models.masked_words`).
     """
 
     summary: str
@@ -56,6 +57,7 @@ class MethodSpec:
     parts: tuple[str, ...] = ()
     parts_with: tuple[str, str] | None = None
     hierarchical: bool = False
+    reads_words: bool = False
 
     def trained_parts(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Parts it needs with these option values, as `parse_options` returns them."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from decoding import hierarchical
+from decoding import hierarchical, word_subwords
 from decoding.autoregressive import autoregressive
 from decoding.dynamic_vocabulary import ann_vocabulary
 from decoding.loop import Method
@@ -13,6 +13,7 @@ from decoding.speculative import aded, bild, chain_systems, token_recycling, tre
 from decoding.unmasking import ete, learn2pd, llada, llada21, window_diffusion
 from models.errors import InputError, check_choice, nearest
 from models.hierarchical import HierarchicalConfig
+from models.masked_words import ReaderConfig
 
 METHODS: dict[str, MethodSpec] = {
     "autoregressive": MethodSpec(
@@ -26,6 +27,7 @@ METHODS: dict[str, MethodSpec] = {
     "aded": aded.SPEC,
     "ann_vocabulary": ann_vocabulary.SPEC,
     "bild": bild.SPEC,
+    "byte2word": word_subwords.SPEC,
     "hat": hierarchical.SPEC,
     "token_recycling": token_recycling.SPEC,
     **llada.SPECS,
@@ -93,6 +95,12 @@ def build(
                 f"method {name}: the {role} model ({configs[role].family}) is one of "
                 f"{kinds[not method.hierarchical]}; allowed: models of "
                 f"{kinds[method.hierarchical]}"
+            )
+        if isinstance(configs[role], ReaderConfig) is not method.reads_words:
+            negation = "" if method.reads_words else "not "
+            raise InputError(
+                f"method {name}: the {role} model is a {configs[role].family}; it must "
+                f"{negation}be one that reads words from bytes"
             )
         if configs[role].causal is method.bidirectional:
             does = "fills masks" if method.bidirectional else "writes from left to right"

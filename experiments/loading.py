@@ -20,16 +20,26 @@ from decoding import methods
 from decoding.dynamic_vocabulary import inverted_lists
 from decoding.loop import ModelParams
 from decoding.unmasking import learned_filter
-from models import hf_checkpoint, hierarchical, parameter_files, sharding, sizes, transformer
+from models import (
+    hf_checkpoint,
+    hierarchical,
+    masked_words,
+    parameter_files,
+    sharding,
+    sizes,
+    transformer,
+)
 from models.config import DTYPES
 from models.errors import InputError, check_choice
 from models.hierarchical import HierarchicalConfig
+from models.masked_words import ReaderConfig
+from models.spaced_words import SpacedWordTokenizer
 from models.tokenizer import Tokenizer
 from models.word_tokenizer import WordTokenizer
 
 RANDOM = "random:"
 
-# A `TransformerConfig`, or a `HierarchicalConfig`.
+# A `TransformerConfig`, a `HierarchicalConfig` or a `ReaderConfig`.
 Architecture = Any
 
 
@@ -94,6 +104,8 @@ def load_config(source: str) -> Architecture:
         return sizes.get(source.removeprefix(RANDOM))
     if parameter_files.kind_of(source) == hierarchical.KIND:
         return hierarchical.load_config(source)
+    if parameter_files.kind_of(source) == masked_words.KIND:
+        return masked_words.load_config(source)
     return hf_checkpoint.load_config(source)
 
 
@@ -181,6 +193,8 @@ def load_model(
         check_choice("dtype", dtype, DTYPES)
     if parameter_files.kind_of(source) == hierarchical.KIND:
         return _load_hierarchical(source, dtype, mesh)
+    if parameter_files.kind_of(source) == masked_words.KIND:
+        return _load_word_reader(source, dtype, mesh)
     if not source.startswith(RANDOM):
         return hf_checkpoint.load(source, dtype=dtype, mesh=mesh)
     config = sizes.get(source.removeprefix(RANDOM))
@@ -201,6 +215,16 @@ def _load_hierarchical(
     config, params = hierarchical.load(source)
     config = config.replace(dtype=dtype or config.backbone.dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(config.backbone.compute_dtype), params)
+    if mesh is not None:
+        params = jax.device_put(params, sharding.tree_shardings(params, mesh))
+    return config, params
+
+
+def _load_word_reader(
+    source: str, dtype: str | None, mesh: Mesh | None
+) -> tuple[ReaderConfig, Any]:
+    config, params = masked_words.load_writer(source)
+    config = config.replace(dtype=dtype or config.backbone.dtype)
     if mesh is not None:
         params = jax.device_put(params, sharding.tree_shardings(params, mesh))
     return config, params
@@ -273,9 +297,11 @@ def load_memory(method: str, directory: str | os.PathLike[str] | None) -> Any:
 
 
 def load_tokenizer(source: str, config: Architecture) -> Any:
-    """The `Tokenizer` of a directory, or its `WordTokenizer`; bytes for random weights."""
+    """The `Tokenizer` of a directory, or that of its words; bytes for random weights."""
     if isinstance(config, HierarchicalConfig):
         return WordTokenizer(config)
+    if isinstance(config, ReaderConfig):
+        return SpacedWordTokenizer(config.encoder.width - 1)
     if source.startswith(RANDOM):
         return Tokenizer(None, config)
     return Tokenizer.from_directory(source, config)

@@ -103,7 +103,10 @@ def bert_backbone(
     vocab_size: int = len(SPECIALS),
     causal: bool = False,
 ) -> TransformerConfig:
-    """The sizes of BERT-base by default, in blocks that normalise before rather than after."""
+    """The sizes of BERT-base by default, in blocks that normalise before rather than after.
+
+    A causal one has rotary positions, so that texts may grow beyond the rows of its training.
+    """
     return TransformerConfig(
         vocab_size=vocab_size,
         embed_dim=width,
@@ -120,7 +123,7 @@ def bert_backbone(
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        positions="learned",
+        positions="rope" if causal else "learned",
         tie_embeddings=True,
         causal=causal,
     )
@@ -157,7 +160,8 @@ class WordEncoder(nn.Module):
             inner = jax.nn.gelu(Dense((encoder.mlp_dim,), 1, True, name="up")(x))
             x = x + Dense((D,), 1, True, name="down")(inner)
             x = Norm(backbone, name="mlp_norm")(x)
-        return x
+        # As large as rows of a tied table, beside which positions are learned.
+        return x * D**-0.5
 
     def _weights(self, u: jnp.ndarray, mask: jnp.ndarray) -> jnp.ndarray:
         """Attention of each query and head over the bytes u [W, C, D]: [W, n, M, C].

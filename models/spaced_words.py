@@ -145,3 +145,38 @@ def count_overlong(texts: Iterable[str], max_bytes: int) -> Overlong:
         sum(map(len, kept.values())),
         sum(len(same) for same in kept.values() if len(same) > 1),
     )
+
+
+class SpacedWordTokenizer:
+    """A text as its stream of flags and bytes; used as `models.tokenizer.Tokenizer` is.
+
+    Attributes:
+      vocab_size: 256.
+      bos_id: None.
+      eos_ids: `END_OF_TEXT`.
+
+    Args:
+      max_bytes: of a word's text.
+    """
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self.vocab_size, self.bos_id, self.eos_ids = 256, None, (END_OF_TEXT,)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """The words of a text, one after the other; the last one is taken as complete."""
+        del add_special_tokens
+        return list(b"".join(split(text, self._max_bytes)))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """As `encode`."""
+        return self.encode(text)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text; see the function `decode`."""
+        del skip_special_tokens
+        return decode(ids)
+
+    def apply_chat_template(self, messages: object, add_generation_prompt: bool = True) -> str:
+        """Always an InputError: these models have no templates."""
+        raise InputError("chat template: the checkpoint has none; pass a plain prompt")

@@ -160,10 +160,13 @@ def with_end(config: HeadConfig, pieces: jnp.ndarray, counts: jnp.ndarray) -> jn
     return jnp.where(jnp.arange(config.num_slots) < counts[..., None], pieces, config.end)
 
 
-def log_prob(
+def score(
     config: HeadConfig, params: Any, hidden: jnp.ndarray, pieces: jnp.ndarray, counts: jnp.ndarray
-) -> jnp.ndarray:
-    """Log-probabilities of words' pieces slot by slot; their sum is the word's.
+) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """How likely words' pieces are, slot by slot, and whether they are the likeliest.
+
+    A word's log-probability is the sum over its slots. A greedy reading of the head writes the word
+    exactly if all of its slots are the likeliest given the right ones before.
 
     Args:
       config, params: the head.
@@ -172,12 +175,24 @@ def log_prob(
       counts: int [n], pieces of each word.
 
     Returns:
-      float32 [n, J], 0 at slots that do not count.
+      Log-probabilities float32 [n, J], 0 at slots that do not count, and bool [n, J], True there.
     """
     targets = with_end(config, pieces, counts)
-    scores = jax.nn.log_softmax(logits(config, params, hidden, targets), axis=-1)
-    chosen = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-    return jnp.where(slot_mask(config, pieces, counts), chosen, 0.0)
+    found = logits(config, params, hidden, targets)
+    # By comparison, as in `training.losses`: its gradient is no scatter.
+    chosen = jnp.arange(config.vocab_size + 1) == targets[..., None]
+    picked = jnp.sum(jnp.where(chosen, found, 0.0), axis=-1)
+    counted = slot_mask(config, pieces, counts)
+    log_probs = picked - jax.nn.logsumexp(found, axis=-1)
+    right = found.argmax(axis=-1) == targets
+    return jnp.where(counted, log_probs, 0.0), right | ~counted
+
+
+def log_prob(
+    config: HeadConfig, params: Any, hidden: jnp.ndarray, pieces: jnp.ndarray, counts: jnp.ndarray
+) -> jnp.ndarray:
+    """Log-probabilities of words float32 [n]; arguments as `score`."""
+    return score(config, params, hidden, pieces, counts)[0].sum(axis=-1)
 
 
 def start(config: HeadConfig, params: Any, hidden: jnp.ndarray) -> Any:

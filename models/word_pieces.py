@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe_models
 
-from models import files
+from models import files, spaced_words, utf8
 from models.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -68,7 +68,7 @@ class WordPieces:
     def table(self) -> tuple[np.ndarray, np.ndarray]:
         """The bytes of every piece, int32 [V, longest], and how many they are, int32 [V]."""
         byte_of = {letter: byte for byte, letter in enumerate(_letters())}
-        spelled = [self._backend.id_to_token(i) for i in range(self.vocab_size)]
+        spelled = [str(self._backend.id_to_token(i)) for i in range(self.vocab_size)]
         pieces = [
             b"" if i == EOS_ID else bytes(byte_of[letter] for letter in token)
             for i, token in enumerate(spelled)
@@ -78,6 +78,25 @@ class WordPieces:
         for row, piece in enumerate(pieces):
             table[row, : len(piece)] = list(piece)
         return table, lengths
+
+    def writing(self) -> dict[str, np.ndarray]:
+        """What words are written with on a device, all of it by piece.
+
+        Returns:
+          bytes int32 [V, longest] and lengths int32 [V], as `table`; begins bool [V], pieces that
+          begin with a flag; after int32 [8, V], the state of `models.utf8` after a piece's text
+          from each state before it, or `utf8.REJECT` where that breaks a character.
+        """
+        table, lengths = self.table
+        begins = (table[:, 0] >= spaced_words.FIRST_FLAG) & (lengths > 0)
+        after = np.tile(np.arange(len(utf8.NEXT))[:, None], (1, len(table)))
+        after[1:, begins] = utf8.REJECT  # a flag comes between characters
+        for place in range(table.shape[1]):
+            reads = (place < lengths) & ~(begins & (place == 0)) & (after >= 0)
+            after = np.where(reads, utf8.NEXT[np.maximum(after, 0), table[:, place]], after)
+        return {
+            "bytes": table, "lengths": lengths, "begins": begins, "after": after.astype(np.int32)
+        }  # fmt: skip
 
     def to_json(self) -> str:
         """What `from_json` reads; the same for the same vocabulary."""

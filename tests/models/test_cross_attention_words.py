@@ -77,7 +77,7 @@ def naive(model: WordModelConfig, params: dict, word: bytes) -> np.ndarray:
         inner = x @ p["up"]["kernel"] + p["up"]["bias"]
         inner = np.asarray(jax.nn.gelu(inner))
         x = norm(x + inner @ p["down"]["kernel"] + p["down"]["bias"], p["mlp_norm"])
-    return x
+    return x * D**-0.5
 
 
 def norm(x: np.ndarray, p: dict) -> np.ndarray:
