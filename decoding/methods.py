@@ -9,7 +9,15 @@ from decoding.dynamic_vocabulary import ann_vocabulary
 from decoding.loop import Method
 from decoding.method_spec import Configs, MethodSpec, parse_value
 from decoding.sampling import SamplingConfig
-from decoding.speculative import aded, bild, chain_systems, token_recycling, tree_systems
+from decoding.speculative import (
+    aded,
+    bild,
+    chain_systems,
+    eagle,
+    kangaroo,
+    token_recycling,
+    tree_systems,
+)
 from decoding.unmasking import ete, learn2pd, llada, llada21, window_diffusion
 from models.errors import InputError, check_choice, nearest
 from models.hierarchical import HierarchicalConfig
@@ -24,11 +32,13 @@ METHODS: dict[str, MethodSpec] = {
     ),
     **chain_systems.SPECS,
     **tree_systems.SPECS,
+    **eagle.SPECS,
     "aded": aded.SPEC,
     "ann_vocabulary": ann_vocabulary.SPEC,
     "bild": bild.SPEC,
     "byte2word": word_subwords.SPEC,
     "hat": hierarchical.SPEC,
+    "kangaroo": kangaroo.SPEC,
     "token_recycling": token_recycling.SPEC,
     **llada.SPECS,
     **llada21.SPECS,

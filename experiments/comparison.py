@@ -170,7 +170,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     held_out = held_out_prompts(config, models.tokenizer)
     prompts = held_out.ids
     store = corpus_store(config, models.tokenizer)
-    parts = trained_parts.filters(config)
+    parts = trained_parts.load(config, models.configs)
     # Rows of equal length make the fairest times; answers end where they end.
     ends = None if config.decode.get("stop_at_eos") else ()
     stop = generation.stop_config(models.configs["target"], config.decode.max_new_tokens, ends)
@@ -188,7 +188,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             for label, entry in entries.items()
         }
         params = {
-            label: _as_target(models.params, entry) | parts.get(entry.get("filter"), {})
+            label: _as_target(models.params, entry) | parts.get(entry.get("part"), {})
             for label, entry in entries.items()
         }
         for batch_size in config.decode.batch_sizes:

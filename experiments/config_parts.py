@@ -18,8 +18,9 @@ def comparison(name: str) -> ConfigDict:
     config.corpus = ConfigDict({"dataset": "", "split": "train", "slots": 2**19, "top": 12})
     config.corpus.builder_options = ConfigDict()
     config.corpus.text_field = ""
-    # Trained filters by name, for methods that ask for one; see `learned_filter`.
-    config.filters = ConfigDict()
+    # Trained parts by name, for methods that ask for one: see `learned_filter`,
+    # `exit_adapter` and `feature_head`.
+    config.parts = ConfigDict()
 
     config.data = ConfigDict()
     config.data.dataset = "stdlib_code"
@@ -51,7 +52,7 @@ def method(
     hot: bool = False,
     corpus: bool = False,
     role: str = "target",
-    filter: str = "",
+    part: str = "",
     **options: object,
 ) -> ConfigDict:
     """An entry of `config.decode.methods`.
@@ -62,7 +63,7 @@ def method(
       hot: what the method learns from a prompt serves the next.
       corpus: it begins with the store of `config.corpus`.
       role: which of `config.models` it decodes with as its target.
-      filter: which of `config.filters` it decodes with.
+      part: which of `config.parts` it decodes with.
       options: the method's own.
     """
     return ConfigDict(
@@ -72,7 +73,7 @@ def method(
             "hot": hot,
             "corpus": corpus,
             "role": role,
-            "filter": filter,
+            "part": part,
             "options": options,
         }
     )
@@ -81,7 +82,7 @@ def method(
 def learned_filter(
     *sources: dict[str, object], new_tokens: int, block_length: int, **training: object
 ) -> ConfigDict:
-    """An entry of `config.filters`: what `training.unmask_filter` trains, on first use.
+    """An entry of `config.parts`: what `training.unmask_filter` trains, on first use.
 
     Args:
       sources: fields of `training.unmask_filter.Source`, one kind of prompts each.
@@ -91,12 +92,41 @@ def learned_filter(
     """
     return ConfigDict(
         {
+            "kind": "filter",
             "sources": sources,
             "new_tokens": new_tokens,
             "block_length": block_length,
             "training": training,
         }
     )
+
+
+def exit_adapter(exit_layer: int, kind: str = "attention", **recipe: object) -> ConfigDict:
+    """An entry of `config.parts`: what `training.exit_adapter` trains, on first use.
+
+    Args:
+      exit_layer: l.
+      kind: of `models.exit_adapter.KINDS`.
+      recipe: fields of `training.target_features.PartRecipe`, `optimizer` as a dict.
+    """
+    adapter = {"exit_layer": exit_layer, "kind": kind}
+    return ConfigDict({"kind": "exit_adapter", "adapter": adapter, **recipe})
+
+
+def feature_head(
+    objective: dict[str, float] | None = None,
+    recipe: dict[str, object] | None = None,
+    **head: object,
+) -> ConfigDict:
+    """An entry of `config.parts`: what `training.feature_head` trains, on first use.
+
+    Args:
+      objective: fields of `training.feature_head.Objective`.
+      recipe: fields of `training.target_features.PartRecipe`, `optimizer` as a dict.
+      head: fields of `models.feature_head.FeatureHeadConfig`.
+    """
+    parts = {"kind": "feature_head", "head": head, "objective": objective or {}}
+    return ConfigDict({**parts, **(recipe or {})})
 
 
 def claim(

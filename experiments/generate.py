@@ -135,11 +135,10 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
 def _generate(options: dict[str, str]) -> None:
     """Checks everything that can be checked before weights are read, then decodes and prints."""
     from decoding import generation, methods
-    from experiments import loading
+    from experiments import loading, method_parts
 
     name = _METHOD.value
-    parts = loading.load_method_params(name, _METHOD_PARAMS.value, _UNTRAINED_PARTS.value, options)
-    memory = loading.load_memory(name, _METHOD_PARAMS.value)
+    memory = method_parts.load_memory(name, _METHOD_PARAMS.value)
     sampling = _sampling()
     mesh = loading.parse_mesh(_MESH.value)
     sources = {"target": _CHECKPOINT.value}
@@ -148,6 +147,9 @@ def _generate(options: dict[str, str]) -> None:
     configs = loading.load_configs(name, sources, options)
     methods.build(name, configs, sampling, options)  # checks what depends on the models
     target = configs["target"]
+    parts = method_parts.load_method_params(
+        name, _METHOD_PARAMS.value, _UNTRAINED_PARTS.value, options, target
+    )
     tokenizer = _load_tokenizer(target)
     prompts = _prompts(tokenizer)
     stop = generation.stop_config(target, _MAX_NEW_TOKENS.value)

@@ -6,7 +6,6 @@ is given.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,7 @@ import tokenizers
 from jax.sharding import Mesh
 
 from decoding import methods
-from decoding.dynamic_vocabulary import inverted_lists
 from decoding.loop import ModelParams
-from decoding.unmasking import learned_filter
 from models import (
     hf_checkpoint,
     hierarchical,
@@ -41,36 +38,6 @@ RANDOM = "random:"
 
 # A `TransformerConfig`, a `HierarchicalConfig` or a `ReaderConfig`.
 Architecture = Any
-
-
-def _load_trigrams(path: Path) -> Any:
-    from training import trigrams
-
-    return trigrams.load(path)
-
-
-# Methods that can begin with what was learned before: the file in a directory, and its reader.
-MEMORIES = {"aded": ("trigrams.safetensors", _load_trigrams)}
-
-
-def _load_filter(directory: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> Any:
-    if directory is None:
-        config = learned_filter.FilterConfig(options["block_length"])
-        return learned_filter.init(config, jax.random.key(0))
-    return learned_filter.load(directory)[1]
-
-
-def _load_index(directory: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> Any:
-    del options
-    if directory is None:
-        raise InputError(
-            "untrained_parts: an index is made of a model's own rows; give --method_params"
-        )
-    return inverted_lists.load(directory)[1]
-
-
-# Trained parts by role: (directory, or None for random ones; the method's options) -> parameters.
-_PARTS = {learned_filter.ROLE: _load_filter, inverted_lists.ROLE: _load_index}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,61 +206,6 @@ def load_models(
     for seed, (role, source) in enumerate(sources.items()):
         configs[role], params[role] = load_model(source, dtype=dtype, mesh=mesh, seed=seed)
     return configs, params
-
-
-def load_method_params(
-    method: str,
-    directory: str | os.PathLike[str] | None,
-    untrained: bool,
-    options: Mapping[str, Any] | None = None,
-) -> ModelParams:
-    """Parameters of a method's own trained parts, by role, to be added to the models'.
-
-    Args:
-      method: its name.
-      directory: where a training pipeline saved them.
-      untrained: allow random ones instead.
-      options: the method's own.
-
-    Raises:
-      InputError: either is given for a method that has no trained parts (with these options);
-        neither, or both, for one that has; what the directory holds is something else. What a
-        method has learned is `load_memory`'s.
-    """
-    spec, parsed = methods.spec(method), methods.parse_options(method, options or {})
-    if parts := spec.trained_parts(parsed):
-        if (directory is None) is not untrained:
-            raise InputError(
-                f"method_params: {str(directory)!r} with untrained_parts={untrained}; method "
-                f"{method} has trained parts ({', '.join(parts)}): give one of the two"
-            )
-        return {role: _PARTS[role](directory, parsed) for role in parts}
-    if method in MEMORIES:
-        directory = None
-    for flag, given in (("method_params", directory), ("untrained_parts", untrained or None)):
-        if given is not None:
-            raise InputError(
-                f"{flag}: {str(given)!r} given, but method {method} has no trained parts; "
-                f"leave --{flag} out"
-            )
-    return {}
-
-
-def load_memory(method: str, directory: str | os.PathLike[str] | None) -> Any:
-    """What a method begins with, as a `HotStart.value`; None for nothing.
-
-    Args:
-      method: its name.
-      directory: where what it has learned, or a corpus' counts, were saved: for aded, a directory
-        of `training.corpus_stores`, or any with `trigrams.STORE_FILE`.
-
-    Raises:
-      InputError: the file is missing or holds something else.
-    """
-    if directory is None or method not in MEMORIES:
-        return None
-    file, load = MEMORIES[method]
-    return load(Path(directory) / file)
 
 
 def load_tokenizer(source: str, config: Architecture) -> Any:

@@ -31,7 +31,7 @@ def measure(
     The oracle (EGP) answers the comparison's own prompts, which no filter has seen; its steps a
     block are the bound for every rule that writes only what is final.
     """
-    chosen = trained_parts.filters(config)
+    chosen = trained_parts.load(config, configs, "filter")
     names = sorted(chosen)
     length = chosen[names[0]][learned_filter.ROLE]["layer_0"]["kernel"].shape[0]
     records = unmask_records.collect(

@@ -1,43 +1,103 @@
-"""Trained parts that methods of a comparison decode with: trained on first use, or from files."""
+"""Trained parts that methods of a comparison decode with: trained on first use, or from files.
 
+An entry of `config.parts` has a `kind`, and a `directory` or what the kind's pipeline needs.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from decoding import methods
 from decoding.loop import ModelParams
 from decoding.unmasking import learned_filter
+from experiments import method_parts
+from models import exit_adapter as exit_adapter_model
+from models import feature_head as feature_head_model
+from models.config import TransformerConfig
 from models.errors import InputError, check_choice
-from training import unmask_filter
+from models.exit_adapter import ExitAdapterConfig
+from models.feature_head import FeatureHeadConfig
+from training import exit_adapter, feature_head, unmask_filter
+from training.optimizers import OptimizerConfig
+from training.target_features import PartRecipe
 from training.unmask_filter import FilterRecipe, FilterTraining, Source
 
 
-def directory_of(config: ConfigDict, name: str) -> Path:
-    """The directory of a filter of `config.filters`, which is trained if no run has done so.
+class _Kind(NamedTuple):
+    """A kind of part.
 
-    An entry has a `directory`, or the fields of `training.unmask_filter.FilterRecipe`; its target
-    is the comparison's.
+    Attributes:
+      role: of its parameters.
+      ensure: (target's source, entry without kind and directory) -> directory; raises KeyError or
+        TypeError for fields that are missing or unknown.
+    """
+
+    role: str
+    ensure: Callable[[str, dict[str, Any]], Path]
+
+
+def _filter(target: str, entry: dict[str, Any]) -> Path:
+    sources = tuple(Source(**source) for source in entry.pop("sources"))
+    training = FilterTraining(**entry.pop("training"))
+    return unmask_filter.ensure(FilterRecipe(target, sources, training=training, **entry))
+
+
+def _adapter(target: str, entry: dict[str, Any]) -> Path:
+    adapter = ExitAdapterConfig(**entry.pop("adapter"))
+    return exit_adapter.ensure(_recipe(target, entry), adapter)
+
+
+def _head(target: str, entry: dict[str, Any]) -> Path:
+    head = FeatureHeadConfig(**entry.pop("head"))
+    objective = feature_head.Objective(**entry.pop("objective", {}))
+    return feature_head.ensure(_recipe(target, entry), head, objective)
+
+
+def _recipe(target: str, entry: dict[str, Any]) -> PartRecipe:
+    if optimizer := entry.pop("optimizer", None):
+        entry["optimizer"] = OptimizerConfig(**optimizer)
+    return PartRecipe(target, **entry)
+
+
+KINDS = {
+    "filter": _Kind(learned_filter.ROLE, _filter),
+    "exit_adapter": _Kind(exit_adapter_model.ROLE, _adapter),
+    "feature_head": _Kind(feature_head_model.ROLE, _head),
+}
+
+
+def directory_of(config: ConfigDict, name: str) -> Path:
+    """The directory of a part of `config.parts`, which is trained if no run has done so.
 
     Raises:
-      InputError: no filter has this name, a field is not known; as `unmask_filter.ensure`.
+      InputError: no part has this name, a kind or a field is not known; as the pipeline.
     """
-    check_choice("filter", name, config.filters)
-    entry: dict[str, Any] = config.filters[name].to_dict()
+    check_choice("part", name, config.parts)
+    entry: dict[str, Any] = config.parts[name].to_dict()
+    kind = entry.pop("kind", None)
+    check_choice(f"config.parts.{name}: kind", kind, KINDS)
     if directory := entry.pop("directory", None):
         return Path(directory)
     try:
-        sources = tuple(Source(**source) for source in entry.pop("sources"))
-        training = FilterTraining(**entry.pop("training"))
-        recipe = FilterRecipe(config.models.target, sources, training=training, **entry)
+        return KINDS[kind].ensure(config.models.target, entry)
     except (KeyError, TypeError) as error:
-        raise InputError(f"config.filters.{name}: {error}") from None
-    return unmask_filter.ensure(recipe)
+        raise InputError(f"config.parts.{name}: {error}") from None
 
 
-def filters(config: ConfigDict) -> dict[str, ModelParams]:
-    """Parameters by role for each filter that a method of the comparison names."""
-    names = {entry.get("filter") for entry in config.decode.methods} - {None, ""}
-    return {
-        name: {learned_filter.ROLE: learned_filter.load(directory_of(config, name))[1]}
-        for name in sorted(names)
-    }
+def load(
+    config: ConfigDict, configs: Mapping[str, TransformerConfig], kind: str | None = None
+) -> dict[str, ModelParams]:
+    """Parameters by role for each part (of a kind) that a method of the comparison names."""
+    entries = {entry.part: entry for entry in config.decode.methods if entry.get("part")}
+    found: dict[str, ModelParams] = {}
+    for name, entry in sorted(entries.items()):
+        directory, of = directory_of(config, name), config.parts[name].kind
+        if kind in (None, of):
+            options = methods.parse_options(entry.method, entry.options.to_dict())
+            role = KINDS[of].role
+            found[name] = {
+                role: method_parts.load_part(role, directory, options, configs["target"])
+            }
+    return found

@@ -286,6 +286,7 @@ def _drafter(source: Source, num_nodes: int, max_depth: int, scratch: int, propo
         prefill=source.prefill,
         propose=propose,
         observe=sources.keep_accepted(source),
+        reads=source.reads,
         scratch=scratch,
         counters=COUNTERS,
     )

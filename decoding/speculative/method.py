@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
+from decoding import prefill
 from decoding import stats as work
 from decoding.loop import DecodeState, Emission, Memory, Method, ModelParams
-from decoding.prefill import prefill
 from decoding.sampling import SamplingConfig
 from decoding.speculative import rules, scoring
 from decoding.speculative.drafting import Drafter
@@ -56,15 +56,17 @@ def speculative(
     def read(
         params: ModelParams, inner: SpeculativeState, tokens: jnp.ndarray, lengths: jnp.ndarray
     ) -> SpeculativeState:
+        target, streams = prefill.read(
+            config, params["target"], inner.target, tokens, lengths, drafter.reads
+        )
         return SpeculativeState(
-            prefill(config, params["target"], inner.target, tokens, lengths),
-            drafter.prefill(params, inner.drafter, tokens, lengths),
+            target, drafter.prefill(params, inner.drafter, tokens, lengths, *streams)
         )
 
     def step(params: ModelParams, state: DecodeState) -> tuple[SpeculativeState, Emission]:
         draft = drafter.propose(params, state.inner.drafter, state)
         tree = draft.tree
-        out = scoring.score(config, params["target"], state.inner.target, tree)
+        out = scoring.score(config, params["target"], state.inner.target, tree, draft.begun)
         assert out.logits is not None and out.cache is not None
         logits = out.logits
         if sampling.repetition_penalty != 1:

@@ -234,5 +234,6 @@ def tree_drafter(
         prefill=source.prefill,
         propose=propose,
         observe=sources.keep_accepted(source),
+        reads=source.reads,
         counters=("tree_nodes",),
     )

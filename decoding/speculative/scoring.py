@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from decoding.sampling import SamplingConfig, penalise, seen_tokens
+from decoding.speculative.drafting import Begun
 from decoding.speculative.tree import DraftTree
 from models import cache as kv
 from models import masks, transformer
@@ -14,6 +15,7 @@ def score(
     params: transformer.Params,
     cache: kv.KVCache,
     tree: DraftTree,
+    begun: Begun | None = None,
 ) -> transformer.Output:
     """Runs the target on all nodes; node i's keys and values go to slot lengths + i.
 
@@ -22,19 +24,26 @@ def score(
       params: its parameters.
       cache: committed tokens, the root not among them.
       tree: the drafts.
+      begun: what is done already: the layers that are left run from there, on its cache.
 
     Returns:
       The model's output; logits [B, N, V] at node i are for the token after it.
     """
+    inputs, layers = tree.tokens, None
+    if begun is not None:
+        inputs, cache, layers = begun.hidden, begun.cache, (begun.layer, config.num_layers)
     base = cache.lengths
     positions = base[:, None] + tree.depth
     if tree.is_chain:
-        return transformer.apply(config, params, tree.tokens, positions=positions, cache=cache)
+        return transformer.apply(
+            config, params, inputs, positions=positions, cache=cache, layers=layers
+        )
     return transformer.apply(
         config,
         params,
-        tree.tokens,
+        inputs,
         positions=positions,
+        layers=layers,
         mask=masks.tree(tree.ancestry, base, cache.slots),
         key_positions=key_positions(tree.depth, base, cache.slots),
         cache=cache,

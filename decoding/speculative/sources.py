@@ -97,22 +97,24 @@ class Source(NamedTuple):
     Attributes:
       roles: models it needs beside the target.
       init: (batch, slots) -> state.
-      prefill: (params, state, tokens [B, P], lengths [B]) -> state.
+      prefill: (params, state, tokens [B, P], lengths [B], *streams) -> state.
       root: (params, state, decode state) -> (log_q [B, V] after the pending token, state).
       nodes: (params, state, decode state, tree, first [B], width) -> (log_q [B, width, V],
         state) after nodes first .. first + width - 1 of each row.
-      commit: (state, path [B, M], count [B]) -> state; `count` nodes of `path` were accepted,
-        root included; 0 leaves the row as it was.
+      commit: (state, path [B, M], count [B], target's output) -> state; `count` nodes of `path`
+        were accepted, root included; 0 leaves the row as it was.
       is_model: whether a question is a call of a model.
+      reads: as `Drafter.reads`.
     """
 
     roles: tuple[str, ...]
     init: Callable[[int, int], Any]
-    prefill: Callable[[ModelParams, Any, jnp.ndarray, jnp.ndarray], Any]
+    prefill: Callable[..., Any]
     root: Callable[[ModelParams, Any, DecodeState], tuple[jnp.ndarray, Any]]
     nodes: Callable[..., tuple[jnp.ndarray, Any]]
-    commit: Callable[[Any, jnp.ndarray, jnp.ndarray], Any]
+    commit: Callable[[Any, jnp.ndarray, jnp.ndarray, transformer.Output], Any]
     is_model: bool
+    reads: tuple[int, ...] = ()
 
 
 def keep_accepted(source: Source) -> Callable[..., Any]:
@@ -125,12 +127,12 @@ def keep_accepted(source: Source) -> Callable[..., Any]:
         output: transformer.Output,
         active: jnp.ndarray,
     ) -> Any:
-        return source.commit(inner, verdict.path, jnp.where(active, verdict.count, 0))
+        return source.commit(inner, verdict.path, jnp.where(active, verdict.count, 0), output)
 
     return observe
 
 
-def _window(table: jnp.ndarray, first: jnp.ndarray, width: int) -> jnp.ndarray:
+def window(table: jnp.ndarray, first: jnp.ndarray, width: int) -> jnp.ndarray:
     """Rows first .. first + width - 1 of [B, N, ...], the last repeated beyond the end."""
     index = jnp.minimum(first[:, None] + jnp.arange(width), table.shape[1] - 1)
     return jax.vmap(lambda row, at: row[at])(table, index)
@@ -171,12 +173,12 @@ def model_source(config: TransformerConfig, sampling: SamplingConfig) -> Source:
         width: int,
     ) -> tuple[jnp.ndarray, kv.KVCache]:
         base = state.lengths - 1
-        rows = _window(tree.ancestry, first, width)
+        rows = window(tree.ancestry, first, width)
         out = transformer.apply(
             config,
             params["draft"],
-            _window(tree.tokens, first, width),
-            positions=base[:, None] + _window(tree.depth, first, width),
+            window(tree.tokens, first, width),
+            positions=base[:, None] + window(tree.depth, first, width),
             mask=masks.tree(rows, base, cache.slots),
             key_positions=scoring.key_positions(tree.depth, base, cache.slots),
             cache=kv.truncate(cache, base + first),
@@ -186,7 +188,10 @@ def model_source(config: TransformerConfig, sampling: SamplingConfig) -> Source:
         log_q = distribution(params, out.hidden, state, tree, rows)
         return log_q, kv.truncate(out.cache, base)
 
-    def commit(cache: kv.KVCache, path: jnp.ndarray, count: jnp.ndarray) -> kv.KVCache:
+    def commit(
+        cache: kv.KVCache, path: jnp.ndarray, count: jnp.ndarray, output: transformer.Output
+    ) -> kv.KVCache:
+        del output
         # The last accepted node need not have been fed; it is fed again as the last but one token.
         return kv.commit(cache, path[:, : max(path.shape[1] - 1, 1)], jnp.maximum(count - 1, 0))
 
@@ -251,10 +256,10 @@ def ngram_source(vocab_size: int, sampling: SamplingConfig) -> Source:
         first: jnp.ndarray,
         width: int,
     ) -> tuple[jnp.ndarray, Any]:
-        parent = jnp.maximum(_window(tree.parent, first, width), 0)
+        parent = jnp.maximum(window(tree.parent, first, width), 0)
         before = jnp.take_along_axis(tree.tokens, parent, axis=1)
         return follow(
-            state, _window(tree.tokens, first, width), before, jnp.ones(before.shape, bool)
+            state, window(tree.tokens, first, width), before, jnp.ones(before.shape, bool)
         ), inner
 
     return Source(
@@ -263,6 +268,6 @@ def ngram_source(vocab_size: int, sampling: SamplingConfig) -> Source:
         prefill=nothing,
         root=root,
         nodes=nodes,
-        commit=lambda inner, path, count: inner,
+        commit=lambda inner, path, count, output: inner,
         is_model=False,
     )

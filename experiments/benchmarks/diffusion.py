@@ -72,7 +72,7 @@ def _filter(label: str, threshold: float, **options: Any) -> ConfigDict:
     return method(
         label,
         "learn2pd",
-        filter="2 layers",
+        part="2 layers",
         block_length=BLOCK,
         filter_threshold=threshold,
         early_stop=False,
@@ -89,7 +89,7 @@ def config(repeats: int, num_prompts: int = 48, batch_size: int = 8) -> ConfigDi
     """The comparison that the suite is; data, canvas and filter are Learn2PD's."""
     found = comparison_config("diffusion")
     offline = learn2pd.get_config("offline")
-    found.data, found.filters = offline.data, offline.filters
+    found.data, found.parts = offline.data, offline.parts
     found.data.num_prompts = num_prompts
     found.models = ConfigDict(
         {

@@ -50,7 +50,7 @@ def get_config(preset: str = "") -> ConfigDict:
             {"dataset": "spelled_numbers", "num_prompts": 16},
         )
         training = {"num_steps": 4000, "split_by": "prompt"}
-        config.filters = ConfigDict(
+        config.parts = ConfigDict(
             {
                 f"{depth} layers": learned_filter(
                     *sources, new_tokens=96, block_length=block, depth=depth, **training
@@ -66,7 +66,7 @@ def get_config(preset: str = "") -> ConfigDict:
         source = {
             "dataset": "stdlib_code", "field": "text", "num_prompts": 40, "prompt_tokens": 48,
         }  # fmt: skip
-        config.filters = ConfigDict(
+        config.parts = ConfigDict(
             {
                 f"{depth} layers": learned_filter(
                     source, new_tokens=64, block_length=block, depth=depth, num_steps=4000,
@@ -87,7 +87,7 @@ def get_config(preset: str = "") -> ConfigDict:
             "dataset": "jsonl_prompts", "options": {"path": "data/flan.jsonl"}, "field": "prompt",
             "split": "test", "num_prompts": 2640,
         }  # fmt: skip
-        config.filters = ConfigDict(
+        config.parts = ConfigDict(
             {"2 layers": learned_filter(source, new_tokens=256, block_length=block, depth=2)}
         )
     config.decode.methods = _on_code(block) if preset == "code" else _methods(block)
@@ -114,7 +114,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
 def _filter(label: str, block: int, depth: int = 2, **options: Any) -> ConfigDict:
     """Learn2PD's method."""
-    return method(label, "learn2pd", filter=f"{depth} layers", block_length=block, **options)
+    return method(label, "learn2pd", part=f"{depth} layers", block_length=block, **options)
 
 
 def _threshold(least: float, block: int) -> ConfigDict:

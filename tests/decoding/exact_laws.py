@@ -37,12 +37,13 @@ def naive_probabilities(logits: np.ndarray, sampling: SamplingConfig) -> np.ndar
     return kept / kept.sum()
 
 
-def exact_law(prompt: list[int], sampling: SamplingConfig, eos: tuple[int, ...]) -> np.ndarray:
+def exact_law(
+    prompt: list[int], sampling: SamplingConfig, eos: tuple[int, ...], config=TARGET, model=None
+) -> np.ndarray:
     """Probability of each of TEXTS; a text is cut after its EOS and filled with EOS."""
+    model = MODELS["target"] if model is None else model
     prefixes = [p for n in range(STEPS) for p in itertools.product(range(V), repeat=n)]
-    logits = tiny.last_logits(
-        TARGET, MODELS["target"], [prompt + list(p) for p in prefixes], width=16
-    )
+    logits = tiny.last_logits(config, model, [prompt + list(p) for p in prefixes], width=16)
     step = {
         prefix: naive_probabilities(row, sampling)
         for prefix, row in zip(prefixes, logits, strict=True)
@@ -58,13 +59,15 @@ def exact_law(prompt: list[int], sampling: SamplingConfig, eos: tuple[int, ...])
     return law
 
 
-def sampled(method: loop.Method, eos: tuple[int, ...] = (), seed: int = 0) -> np.ndarray:
+def sampled(
+    method: loop.Method, eos: tuple[int, ...] = (), seed: int = 0, models=MODELS
+) -> np.ndarray:
     """How often each of TEXTS followed each prompt: int [prompts, 125]."""
     rows = [prompt for prompt in PROMPTS for _ in range(COPIES)]
     slots = 12 + method.lookahead
-    state = tiny.start(method, MODELS, rows, slots=slots, buffer=16, seed=seed)
+    state = tiny.start(method, models, rows, slots=slots, buffer=16, seed=seed)
     stop = stopping.StopConfig(STEPS, eos)
-    state = loop.advance(MODELS, state, jnp.int32(99), method=method, stop=stop, slots=slots)
+    state = loop.advance(models, state, jnp.int32(99), method=method, stop=stop, slots=slots)
     counts = np.zeros((len(PROMPTS), len(TEXTS)), int)
     index = {text: i for i, text in enumerate(TEXTS)}
     tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
@@ -96,8 +99,10 @@ def p_value(counts: np.ndarray, laws: np.ndarray) -> float:
     return float(stats.chi2.sf(statistic, freedom))
 
 
-def laws(sampling: SamplingConfig, eos: tuple[int, ...] = ()) -> np.ndarray:
-    return np.stack([exact_law(prompt, sampling, eos) for prompt in PROMPTS])
+def laws(
+    sampling: SamplingConfig, eos: tuple[int, ...] = (), config=TARGET, model=None
+) -> np.ndarray:
+    return np.stack([exact_law(prompt, sampling, eos, config, model) for prompt in PROMPTS])
 
 
 def small(name: str, sampling: SamplingConfig, **options) -> loop.Method:

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from decoding.dynamic_vocabulary import inverted_lists, providers
-from experiments import loading
+from experiments import method_parts
 from models import hf_checkpoint
 from models.errors import InputError
 from tests.decoding import test_embedding_cache
@@ -54,5 +54,5 @@ def test_exported_directories_open_everywhere(tmp_path, run):
     assert row["prompt_ids"] == ours
     assert row["stats"]["bytes_emitted"] >= row["stats"]["tokens_emitted"] - 1
     with pytest.raises(InputError, match="an index is made of a model's own rows"):
-        loading.load_method_params("ann_vocabulary", None, True)
-    assert loading.load_method_params("ann_vocabulary", None, False, {"search": "exact"}) == {}
+        method_parts.load_method_params("ann_vocabulary", None, True)
+    assert method_parts.load_method_params("ann_vocabulary", None, False, {"search": "exact"}) == {}

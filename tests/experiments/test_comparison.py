@@ -8,7 +8,7 @@ import pytest
 
 from decoding import generation, methods
 from decoding.sampling import SamplingConfig
-from experiments import comparison, loading
+from experiments import comparison, method_parts
 from experiments.config_parts import comparison as comparison_config
 from experiments.config_parts import method
 from experiments.generate import FLAGS, main
@@ -111,5 +111,5 @@ def test_generate_begins_with_the_store_of_a_directory(directories, capsys):
     warm = calls(f"--method_params={directories}")
     assert warm[1] == cold[1] and warm[0] < cold[0] == 12
     with pytest.raises(InputError, match=r"store: .*cannot be read"):
-        loading.load_memory("aded", directories / "target")
-    assert loading.load_memory("autoregressive", directories) is None
+        method_parts.load_memory("aded", directories / "target")
+    assert method_parts.load_memory("autoregressive", directories) is None

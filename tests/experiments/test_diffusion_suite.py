@@ -21,7 +21,7 @@ def test_every_method_of_the_suite_exists_and_is_on_one_curve():
         )
         assert (method.canvas is None) is causal
         assert entry.role in config.models
-        assert not entry.filter or entry.filter in config.filters
+        assert not entry.part or entry.part in config.parts
 
 
 def records():

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from decoding import generation, methods
 from decoding.generation import Event, Row
 from decoding.sampling import SamplingConfig
-from experiments import generate, loading
+from experiments import generate, loading, method_parts
 from models import hf_checkpoint, sizes, transformer
 from models.errors import InputError
 from models.tokenizer import Tokenizer
@@ -544,10 +544,10 @@ def test_trained_parts_are_refused_for_every_method_without_them():
     for method, spec in methods.METHODS.items():
         if spec.parts:
             continue
-        assert loading.load_method_params(method, None, False) == {}
+        assert method_parts.load_method_params(method, None, False) == {}
         refused = [(None, True)]
-        if method not in loading.MEMORIES:  # what a method has learned is not a trained part
+        if method not in method_parts.MEMORIES:  # what a method has learned is not a trained part
             refused.append((Path("parts"), False))
         for parts in refused:
             with pytest.raises(InputError, match=f"method {method} has no trained parts"):
-                loading.load_method_params(method, *parts)
+                method_parts.load_method_params(method, *parts)

@@ -102,27 +102,29 @@ def test_measure_reports_every_method_and_holds_its_claims():
     assert [len(series["x"]) for series in figure["series"]] == [8, 8]
 
 
-def test_filters_of_a_comparison_come_from_directories_or_recipes(tmp_path):
+def test_parts_of_a_comparison_come_from_directories_or_recipes(tmp_path):
     shape = learned_filter.FilterConfig(8)
     params = learned_filter.init(shape, jax.random.key(0))
     learned_filter.save(tmp_path / "filter", shape, params)
     config = config_parts.comparison("x")
-    config.filters = ConfigDict({"mine": {"directory": str(tmp_path / "filter")}, "unused": {}})
+    config.parts = ConfigDict(
+        {"mine": {"kind": "filter", "directory": str(tmp_path / "filter")}, "unused": {}}
+    )
     config.decode.methods = (
-        config_parts.method("a", "learn2pd", filter="mine", block_length=8),
+        config_parts.method("a", "learn2pd", part="mine", block_length=8),
         config_parts.method("b", "llada"),
     )
-    found = trained_parts.filters(config)
+    found = trained_parts.load(config, {"target": masked.CONFIG})
     assert list(found) == ["mine"]
     np.testing.assert_array_equal(
         found["mine"]["filter"]["layer_0"]["kernel"], params["layer_0"]["kernel"]
     )
     for entry, message in (
-        ({"sources": ()}, "config.filters.unused: 'training'"),
-        ({"sources": (), "training": {"steps": 3}}, "config.filters.unused: .*'steps'"),
+        ({"sources": ()}, "config.parts.unused: 'training'"),
+        ({"sources": (), "training": {"steps": 3}}, "config.parts.unused: .*'steps'"),
     ):
-        config.filters.unused = ConfigDict(entry)
+        config.parts.unused = ConfigDict({"kind": "filter"} | entry)
         with pytest.raises(InputError, match=message):
             trained_parts.directory_of(config, "unused")
-    with pytest.raises(InputError, match="filter: 'other' is not known"):
+    with pytest.raises(InputError, match="part: 'other' is not known"):
         trained_parts.directory_of(config, "other")

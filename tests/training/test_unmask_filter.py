@@ -11,7 +11,7 @@ import pytest
 from decoding import generation, methods, stopping
 from decoding.sampling import SamplingConfig
 from decoding.unmasking import greedy_oracle, learned_filter
-from experiments import loading
+from experiments import method_parts
 from models import hf_checkpoint
 from models.errors import InputError
 from models.tokenizer import Tokenizer
@@ -207,7 +207,7 @@ def test_filters_are_made_once_and_given_to_the_method(checkpoint, tmp_path, mon
     other = unmask_filter.ensure(deeper, cache_dir=tmp_path / "cache")
     assert learned_filter.load(other)[0].depth == 4
 
-    loaded = loading.load_method_params("learn2pd", directory, False, {"block_length": BLOCK})
+    loaded = method_parts.load_method_params("learn2pd", directory, False, {"block_length": BLOCK})
     jax.tree.map(np.testing.assert_array_equal, loaded["filter"], params)
     target_config, target = hf_checkpoint.load(checkpoint)
     ids = Tokenizer.from_directory(checkpoint, target_config).encode_prompt("3 and 4")
@@ -221,12 +221,12 @@ def test_filters_are_made_once_and_given_to_the_method(checkpoint, tmp_path, mon
 
 
 def test_random_parts_and_none():
-    found = loading.load_method_params("learn2pd", None, True, {"block_length": 8})
+    found = method_parts.load_method_params("learn2pd", None, True, {"block_length": 8})
     assert found["filter"]["layer_1"]["kernel"].shape == (8, 8)
-    assert loading.load_method_params("learn2pd", None, False, {"rule": "quota"}) == {}
+    assert method_parts.load_method_params("learn2pd", None, False, {"rule": "quota"}) == {}
     for directory, untrained in ((None, False), ("parts", True)):
         with pytest.raises(InputError, match=r"method learn2pd has trained parts \(filter\): give"):
-            loading.load_method_params("learn2pd", directory, untrained)
+            method_parts.load_method_params("learn2pd", directory, untrained)
 
 
 def test_what_is_refused(tmp_path):
