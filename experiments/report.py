@@ -37,10 +37,15 @@ def render(found: Mapping[str, Any]) -> str:
     """The report of one `results.json` as HTML."""
     from experiments import plots
 
+    decoded: list[tuple[str, Any]] = []
+    if found["runs"]:  # an experiment may decode nothing
+        decoded = [
+            ("Speed", plots.bars(found["runs"])),
+            ("Acceptance", plots.acceptance(found["runs"])),
+            ("Every repeat", plots.throughput(found["runs"])),
+        ]
     figures = [
-        ("Speed", plots.bars(found["runs"])),
-        ("Acceptance", plots.acceptance(found["runs"])),
-        ("Every repeat", plots.throughput(found["runs"])),
+        *decoded,
         *((name.capitalize(), plots.lines(spec)) for name, spec in found["figures"].items()),
         ("Training", plots.training_curves(found["models"])),
     ]
@@ -63,7 +68,8 @@ def write(workdir: Path) -> Path:
     path = workdir / "report.html"
     found = results.read(workdir)
     results.write_text(path, render(found))
-    plots.write_png(plots.bars(found["runs"]), workdir / "speed.png")
+    if found["runs"]:
+        plots.write_png(plots.bars(found["runs"]), workdir / "speed.png")
     return path
 
 
