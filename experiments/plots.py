@@ -189,8 +189,11 @@ def lines(spec: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def panels(specs: Sequence[Mapping[str, Any]], columns: int = 2) -> Figure:
-    """Several line charts (see `lines`) of one set of labels in a grid, with one legend."""
+def panels(
+    specs: Sequence[Mapping[str, Any]], columns: int = 2, *, own_legends: bool = False
+) -> Figure:
+    """Several line charts (see `lines`) in a grid: of one set of labels, with one legend, or each
+    with its own."""
     columns = min(columns, len(specs))
     rows = -(-len(specs) // columns)
     figure, grid = plt.subplots(
@@ -201,6 +204,10 @@ def panels(specs: Sequence[Mapping[str, Any]], columns: int = 2) -> Figure:
         _draw_lines(axis, spec)
     for axis in places[len(specs) :]:
         axis.set_visible(False)
+    if own_legends:
+        for axis in places[: len(specs)]:
+            axis.legend(fontsize=7)
+        return figure
     named = dict(zip(*places[0].get_legend_handles_labels()[::-1], strict=True))
     most = min(len(named), 3 * columns)
     figure.legend(named.values(), named, loc="outside lower center", ncols=most)

@@ -75,7 +75,7 @@ def _k_means(
         seed=seed,
         spherical=metric == "cosine",
         min_points_per_centroid=1,
-        max_points_per_centroid=256,
+        max_points_per_centroid=64,
     )
     how.train(table)
     assert how.centroids is not None
