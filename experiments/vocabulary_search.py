@@ -23,7 +23,7 @@ def synthetic_rows(rows: np.ndarray, size: int, seed: int) -> np.ndarray:
     more = max(size - len(rows), 0)
     pairs = rng.integers(0, len(rows), (2, more))
     share = rng.random((more, 1), np.float32)
-    noise = rng.normal(0, 0.3, (more, rows.shape[1])).astype(np.float32) * rows.std(axis=0)
+    noise = 0.3 * rng.standard_normal((more, rows.shape[1]), np.float32) * rows.std(axis=0)
     made = share * rows[pairs[0]] + (1 - share) * rows[pairs[1]] + noise
     return np.concatenate([rows[:size], made]).astype(np.float32)
 

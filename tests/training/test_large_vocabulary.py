@@ -11,7 +11,7 @@ import pytest
 from decoding import generation, methods, stopping
 from decoding.dynamic_vocabulary import ann_vocabulary, boundaries, inverted_lists, providers
 from decoding.sampling import SamplingConfig
-from models import byte_characters, token_tables, transformer
+from models import byte_characters, sharding, token_tables, transformer
 from models.errors import InputError
 from tests.decoding import tiny
 from tests.decoding.test_embedding_cache import CONFIG, fvt, params, source
@@ -238,6 +238,16 @@ def test_the_end_of_a_text_is_reached():
     prompt = source().encode(TEXTS[0])[:1]
     found = decode(build(k=K, probes=2), {"target": changed, "index": made}, [prompt] * 3)
     assert [row.token_ids for row in found] == [[0]] * 3
+
+
+def test_a_mesh_decodes_the_same():
+    config, model = large()
+    mesh = sharding.make_mesh(2, 2)
+    placed = jax.device_put(model, sharding.param_shardings(config, mesh))
+    prompts = [*PROMPTS, [7, 8]]
+    method = build(1.0, k=K, probes=6)
+    found = decode(method, {"target": placed, "index": index("inner")[1]}, prompts, mesh=mesh)
+    assert found == decode(method, prompts=prompts)
 
 
 def test_the_repetition_penalty_is_for_tokens_that_occurred():
