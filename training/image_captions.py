@@ -146,7 +146,9 @@ def captions_of(example: Mapping[str, Any], field: str) -> list[str]:
                 f"{', '.join(known)}"
             )
         value = value[part]
-    values = [value] if isinstance(value, str | bytes) else list(value)
+    if isinstance(value, str | bytes):
+        value = [value]
+    values = value if isinstance(value, list | np.ndarray) else ()
     texts = [text.decode() if isinstance(text, bytes) else text for text in values]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"captions.field: {field!r} holds {value!r}, which is not text")
@@ -158,21 +160,20 @@ def text_vectors(
 ) -> np.ndarray:
     """Mean final hidden states, float32 [t, E]. A text's vector does not depend on the others.
 
-    The text is read as the model was trained, with what the tokeniser puts around one, but
-    beginning and end of sequence are not in the mean. A text without tokens has the vector of
-    zeros, which is the null condition.
+    The text is read as the model was trained, with what the tokeniser puts around one, such as
+    a beginning of sequence, but that is not in the mean. A text without tokens has the vector
+    of zeros, which is the null condition.
 
     Args:
       directory: a language model in Hugging Face's format, with its tokeniser.
       texts: any number.
-      max_tokens: of the model's, a text is cut there.
+      max_tokens: of the model's; a text is cut there.
 
     Raises:
       InputError: as `hf_checkpoint.load` and `Tokenizer.from_directory`.
     """
     config, params = hf_checkpoint.load(directory)
     tokenizer = Tokenizer.from_directory(directory, config)
-    around = {tokenizer.bos_id, *tokenizer.eos_ids}
     tokens = [tokenizer.encode_prompt(text)[:max_tokens] for text in texts]
     rooms = [-(-max(1, len(ids)) // _ROUND) * _ROUND for ids in tokens]
     found = np.zeros((len(texts), config.embed_dim), np.float32)
@@ -185,10 +186,18 @@ def text_vectors(
             for row, i in enumerate(rows):
                 lengths[row] = len(tokens[i])
                 ids[row, : lengths[row]] = tokens[i]
-                counted[row, : lengths[row]] = [token not in around for token in tokens[i]]
+                counted[row, _place(tokenizer.encode(texts[i]), tokens[i])] = True
             means = _means(config, params, ids, lengths, counted)
             found[rows] = np.asarray(means)[: len(rows)]
     return found
+
+
+def _place(ids: Sequence[int], within: Sequence[int]) -> slice:
+    """Where `ids` lie in a sequence that has them, or as many as there is room for."""
+    for start in range(len(within)):
+        if (part := within[start : start + len(ids)]) and part == ids[: len(part)]:
+            return slice(start, start + len(part))
+    return slice(0, 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -87,7 +87,8 @@ def ensure(
         "split": split,
         "flip": flip,
     }
-    final = cache / "image_tokens" / f"{data.dataset}-{split}-{artifacts.digest(identity)}"
+    name = f"{pathlib.Path(data.dataset).name}-{split}-{artifacts.digest(identity)}"
+    final = cache / "image_tokens" / name
 
     def make(work: pathlib.Path, result: pathlib.Path) -> None:
         del work

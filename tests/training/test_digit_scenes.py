@@ -89,6 +89,24 @@ def test_variants_and_seed_change_images_not_labels(folder):
     assert (images[:half] != images_of(other)).any(axis=(1, 2, 3)).all()
 
 
+def test_captions_say_what_the_same_scenes_show(folder):
+    load = lambda **o: registry.load(  # noqa: E731
+        "digit_scenes", "test", data_dir=folder, size=16, grid=2, variants=1, **o
+    )
+    plain, captioned = load(), load(captions=True)
+    assert len(plain) == len(captioned)
+    for one, other in zip(plain[:20], captioned[:20], strict=True):
+        assert "caption" not in one
+        np.testing.assert_array_equal(one["image"], other["image"])
+        words = other["caption"].replace(" and ", " ").replace(" above ", " ").split()
+        assert [digit_scenes._WORDS.index(word) for word in words] == one["labels"].tolist()
+    assert digit_scenes.caption([3, 7, 1, 0], 2) == "three and seven above one and zero"
+    assert digit_scenes.caption([3], 1) == "three"
+    # Models are kept by this name: it must not follow from an option that is not used.
+    assert load(captions=False).full_name == plain.full_name
+    assert captioned.full_name != plain.full_name
+
+
 @pytest.mark.parametrize(
     "options,message",
     [

@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import logging
-from tensorflow_datasets.core import naming
+from tensorflow_datasets.core import naming, read_only_builder
 
 from models.errors import InputError, nearest
 from models.files import cache_root
@@ -146,6 +146,8 @@ def _public(
         builder = tfds.builder(name, data_dir=folder, try_gcs=False, **options)
     except tfds.core.DatasetNotFoundError:
         raise unknown from None
+    except ImportError as error:  # TensorFlow: some builders need it even to say what they hold
+        builder = _as_prepared(name, folder, error)
     except (TypeError, ValueError) as error:  # a configuration, version or option
         raise InputError(f"dataset: {name!r}: {str(error).splitlines()[0]}") from error
     if not Path(builder.data_dir).exists():
@@ -157,6 +159,17 @@ def _public(
         with contextlib.redirect_stdout(sys.stderr):
             prepare(builder)
     return builder
+
+
+def _as_prepared(name: str, folder: str | None, missing: ImportError) -> tfds.core.DatasetBuilder:
+    """A dataset whose builder cannot be made here, read by what is on disk."""
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=folder)
+    except tfds.core.DatasetNotFoundError:
+        raise InputError(
+            f"dataset: {name!r} is not prepared in data_dir, and making it needs more than is "
+            f"installed ({str(missing).splitlines()[-1]})"
+        ) from None
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
