@@ -154,7 +154,8 @@ def fit(
       workdir: holds config.json, metrics.jsonl, tensorboard/ and checkpoints/.
       recorded: everything that determines the run beside `config`, as JSON can hold it.
       mesh: made of `config.mesh`.
-      initial_params: where a fresh run starts; None for random ones.
+      initial_params: where a fresh run starts, of whatever model; None for random ones of
+        `config.model`.
       frozen: arrays that the update reads and nothing changes.
       description: in front of the progress bar.
 
@@ -166,7 +167,8 @@ def fit(
       SystemExit: `loop.TERMINATED`, after SIGTERM.
     """
     init_fn = functools.partial(init, config)
-    template = jax.eval_shape(init_fn)
+    given = () if initial_params is None else (initial_params,)
+    template = jax.eval_shape(lambda *given: init_fn(*map(_copy, given)), *given)
     shardings = sharding.tree_shardings(template, mesh)
     template = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -177,7 +179,7 @@ def fit(
     step = jax.jit(update_fn, donate_argnums=0, out_shardings=(shardings, None))
     return loop.run(
         lambda state, batch: step(state, prepare(state, batch), frozen),
-        first if initial_params is None else lambda: first(_copy(initial_params)),
+        lambda: first(*map(_copy, given)),
         template=template,
         batches=train_batches,
         num_steps=config.num_steps,
