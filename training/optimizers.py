@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up, cosine decay and clipping, as one configuration."""
+"""AdamW, Muon or Adafactor with warm-up, cosine decay and clipping, as one configuration."""
 
 import dataclasses
 from typing import Any
@@ -90,6 +90,20 @@ class MuonConfig(OptimizerConfig):
             raise InputError(f"optimizer.update_rms: {self.update_rms} must be positive")
 
 
+@dataclasses.dataclass(frozen=True)
+class AdafactorConfig(OptimizerConfig):
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235), with the learning rate as it is given.
+
+    Second moments are kept as row and column means, momentum is not kept at all: `beta1`, `beta2`
+    and `epsilon` have no meaning here.
+
+    Attributes:
+      scale_by_parameter: multiply updates by the root mean square of what they change, as T5 does.
+    """
+
+    scale_by_parameter: bool = True
+
+
 def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate of batch number 0 .. num_steps - 1: linear warm-up, then a cosine."""
     updates = -(-num_steps // config.accumulate)
@@ -121,7 +135,12 @@ def create(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformat
     def by_update(update: Any) -> Any:
         return rate(update * config.accumulate)
 
-    main = _muon(config, by_update) if isinstance(config, MuonConfig) else _adamw(config, by_update)
+    if isinstance(config, MuonConfig):
+        main = _muon(config, by_update)
+    elif isinstance(config, AdafactorConfig):
+        main = _adafactor(config, by_update)
+    else:
+        main = _adamw(config, by_update)
     chain = optax.chain(*clip, main)
     if config.accumulate > 1:
         return optax.MultiSteps(chain, config.accumulate).gradient_transformation()
@@ -150,6 +169,15 @@ def _muon(config: MuonConfig, rate: optax.Schedule) -> optax.GradientTransformat
         eps=config.epsilon,
         muon_weight_dimension_numbers=_dimension_numbers,
         consistent_rms=config.update_rms,
+    )
+
+
+def _adafactor(config: AdafactorConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adafactor(
+        rate,
+        multiply_by_parameter_scale=config.scale_by_parameter,
+        weight_decay_rate=config.weight_decay or None,
+        weight_decay_mask=decayed,
     )
 
 

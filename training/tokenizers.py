@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenisers: trained on the run's own text, saved as Hugging Face files."""
+"""Byte-level BPE tokenisers trained on a text, and characters; saved as Hugging Face files."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from models import files
 from models.errors import InputError
@@ -29,6 +29,10 @@ _PIECES = (
     r"|\s+"
 )
 _NUM_BYTES = 256
+
+# What most text and code is made of once it is in lower case: 64 symbols.
+LOWER_CASE_64 = "\n abcdefghijklmnopqrstuvwxyz0123456789!\"#%'()*+,-./:;<=>?@[\\]_{}"
+ASCII = "".join(map(chr, range(128)))
 
 
 def train_bpe(
@@ -69,6 +73,31 @@ def train_bpe(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def characters(symbols: str, *, lower_case: bool = False, other: str = "?") -> tokenizers.Tokenizer:
+    """A tokeniser whose tokens are the characters of `symbols`, in that order, and end of text.
+
+    Args:
+      symbols: different characters; ids are their places, and end of text has the id after them.
+      lower_case: read text in lower case.
+      other: the symbol that stands for all characters that are not among them.
+
+    Raises:
+      InputError: a symbol that is there twice, or `other` not among them.
+    """
+    if len(set(symbols)) < len(symbols):
+        raise InputError(f"symbols: {symbols!r} must be different")
+    if len(other) != 1 or other not in symbols:
+        raise InputError(f"other: {other!r} must be one of the symbols")
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=other))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    if lower_case:
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 
