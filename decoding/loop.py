@@ -138,6 +138,8 @@ class Method(NamedTuple):
         `lengths - 1 + lookahead`.
       resize: (inner state, slots) -> the same with caches of so many slots; None to resize every
         cache. For methods with caches that do not grow with the text.
+      begin: (params, inner, row keys [B]) -> inner, before prompts are read: what a row draws once
+        for all of its calls; None if nothing.
     """
 
     name: str
@@ -154,6 +156,7 @@ class Method(NamedTuple):
     amounts: tuple[str, ...] = ()
     needed: Callable[[Any, Any], Any] | None = None
     resize: Callable[[Any, int], Any] | None = None
+    begin: Callable[[ModelParams, Any, jax.Array], Any] | None = None
 
 
 def _is_cache(node: Any) -> bool:
@@ -319,6 +322,8 @@ def start(
     inner = method.init(B, slots)
     if memory is not None and method.memory is not None:
         inner = method.memory.put(inner, memory)
+    if method.begin is not None:
+        inner = method.begin(params, inner, keys)
     inner = method.prefill(params, inner, tokens, lengths if method.canvas else lengths - 1)
     index = jnp.arange(buffer)
     rows = jnp.where(index < lengths[:, None], jnp.pad(tokens, ((0, 0), (0, buffer - P))), 0)

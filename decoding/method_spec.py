@@ -46,6 +46,7 @@ class MethodSpec:
       parts_with: (option, value) with which alone it needs its parts; None if it always does.
       hierarchical: whether its target is a model of words (`models.hierarchical`).
       reads_words: whether its target reads words from bytes (`models.masked_words`).
+      own_tables: whether its target is given its token table (`models.random_embeddings`).
     """
 
     summary: str
@@ -58,6 +59,7 @@ class MethodSpec:
     parts_with: tuple[str, str] | None = None
     hierarchical: bool = False
     reads_words: bool = False
+    own_tables: bool = False
 
     def trained_parts(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Parts it needs with these option values, as `parse_options` returns them."""

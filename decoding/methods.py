@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from decoding import hierarchical, word_subwords
+from decoding import hierarchical, lexinvariant, word_subwords
 from decoding.autoregressive import autoregressive
 from decoding.dynamic_vocabulary import ann_vocabulary
 from decoding.loop import Method
@@ -22,6 +22,7 @@ from decoding.unmasking import ete, learn2pd, llada, llada21, window_diffusion
 from models.errors import InputError, check_choice, nearest
 from models.hierarchical import HierarchicalConfig
 from models.masked_words import ReaderConfig
+from models.random_embeddings import LexinvariantConfig
 
 METHODS: dict[str, MethodSpec] = {
     "autoregressive": MethodSpec(
@@ -39,6 +40,7 @@ METHODS: dict[str, MethodSpec] = {
     "byte2word": word_subwords.SPEC,
     "hat": hierarchical.SPEC,
     "kangaroo": kangaroo.SPEC,
+    "lexinvariant": lexinvariant.SPEC,
     "token_recycling": token_recycling.SPEC,
     **llada.SPECS,
     **llada21.SPECS,
@@ -111,6 +113,12 @@ def build(
             raise InputError(
                 f"method {name}: the {role} model is a {configs[role].family}; it must "
                 f"{negation}be one that reads words from bytes"
+            )
+        if isinstance(configs[role], LexinvariantConfig) is not method.own_tables:
+            negation = "" if method.own_tables else "not "
+            raise InputError(
+                f"method {name}: the {role} model is a {configs[role].family}; it must "
+                f"{negation}be one that is given its token table (lexinvariant)"
             )
         if configs[role].causal is method.bidirectional:
             does = "fills masks" if method.bidirectional else "writes from left to right"

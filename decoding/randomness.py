@@ -15,6 +15,7 @@ DRAFT = 1  # the drafter's token
 ACCEPT = 2  # the uniform of an acceptance test
 RESIDUAL = 3  # the token after a rejection
 ORDER = 4  # which of several positions comes first
+TABLE = 5  # a row's own token vectors, at position 0
 
 
 def row_keys(seed: int, rows: jnp.ndarray) -> jax.Array:

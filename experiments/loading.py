@@ -22,14 +22,17 @@ from models import (
     hierarchical,
     masked_words,
     parameter_files,
+    random_embeddings,
     sharding,
     sizes,
     transformer,
+    word_units,
 )
 from models.config import DTYPES
 from models.errors import InputError, check_choice
 from models.hierarchical import HierarchicalConfig
 from models.masked_words import ReaderConfig
+from models.random_embeddings import LexinvariantConfig
 from models.spaced_words import SpacedWordTokenizer
 from models.tokenizer import Tokenizer
 from models.word_tokenizer import WordTokenizer
@@ -73,6 +76,8 @@ def load_config(source: str) -> Architecture:
         return hierarchical.load_config(source)
     if parameter_files.kind_of(source) == masked_words.KIND:
         return masked_words.load_config(source)
+    if parameter_files.kind_of(source) == random_embeddings.KIND:
+        return random_embeddings.load_config(source)
     return hf_checkpoint.load_config(source)
 
 
@@ -162,6 +167,8 @@ def load_model(
         return _load_hierarchical(source, dtype, mesh)
     if parameter_files.kind_of(source) == masked_words.KIND:
         return _load_word_reader(source, dtype, mesh)
+    if parameter_files.kind_of(source) == random_embeddings.KIND:
+        return _load_lexinvariant(source, dtype, mesh)
     if not source.startswith(RANDOM):
         return hf_checkpoint.load(source, dtype=dtype, mesh=mesh)
     config = sizes.get(source.removeprefix(RANDOM))
@@ -197,6 +204,15 @@ def _load_word_reader(
     return config, params
 
 
+def _load_lexinvariant(
+    source: str, dtype: str | None, mesh: Mesh | None
+) -> tuple[LexinvariantConfig, Any]:
+    config, params = random_embeddings.load(source)
+    if mesh is not None:
+        params = jax.device_put(params, sharding.tree_shardings(params, mesh))
+    return dataclasses.replace(config, dtype=dtype or config.dtype), params
+
+
 def load_models(
     sources: Mapping[str, str], *, dtype: str | None = None, mesh: Mesh | None = None
 ) -> tuple[dict[str, Architecture], ModelParams]:
@@ -211,6 +227,8 @@ def load_models(
 def load_tokenizer(source: str, config: Architecture) -> Any:
     """The `Tokenizer` of a directory, or that of its words; bytes for random weights."""
     if isinstance(config, HierarchicalConfig):
+        if (Path(source) / word_units.FILE).is_file():
+            return word_units.load(source)
         return WordTokenizer(config)
     if isinstance(config, ReaderConfig):
         return SpacedWordTokenizer(config.encoder.width - 1)

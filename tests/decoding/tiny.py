@@ -18,6 +18,7 @@ from decoding.speculative.drafting import Draft, Drafter, nothing, observe_nothi
 from decoding.speculative.tree import DraftTree
 from models import transformer
 from models.config import TransformerConfig
+from models.random_embeddings import LexinvariantConfig
 from tests.models import random_models, tiny_hierarchical
 
 TARGET = TransformerConfig(
@@ -45,6 +46,12 @@ MASKED = TARGET.replace(
     eos_token_ids=(5,),
     family="llada",
 )
+
+# For the method that is given a table with every row.
+LEXINVARIANT = LexinvariantConfig(
+    vocab_size=64, embed_dim=16, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=4, mlp_dim=32,
+    max_position=1024, eos_token_ids=(5,), fixed_ids=(5,),
+)  # fmt: skip
 
 # Five tokens: whole continuations can be enumerated, and a random draft is often right.
 SMALL = TARGET.replace(vocab_size=5, num_heads=2, num_kv_heads=1, head_dim=8, max_position=64)
@@ -96,6 +103,8 @@ def build(name: str, temperature: float = 0.0, /, **options: Any) -> loop.Method
     configs: Mapping[str, Any] = {"target": MASKED} if spec.bidirectional else CONFIGS
     if spec.hierarchical:
         configs = {"target": tiny_hierarchical.HAT}
+    if spec.own_tables:
+        configs = {"target": LEXINVARIANT}
     return methods.build(name, configs, SamplingConfig(temperature=temperature), options)
 
 
