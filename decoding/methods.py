@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from decoding import hierarchical, lexinvariant, word_subwords
+from decoding import hierarchical, lexinvariant, skip_decode, word_subwords
 from decoding.autoregressive import autoregressive
 from decoding.dynamic_vocabulary import ann_vocabulary
 from decoding.loop import Method
@@ -15,6 +15,7 @@ from decoding.speculative import (
     chain_systems,
     eagle,
     kangaroo,
+    ppd,
     token_recycling,
     tree_systems,
 )
@@ -40,7 +41,9 @@ METHODS: dict[str, MethodSpec] = {
     "byte2word": word_subwords.SPEC,
     "hat": hierarchical.SPEC,
     "kangaroo": kangaroo.SPEC,
+    "ppd": ppd.SPEC,
     "lexinvariant": lexinvariant.SPEC,
+    "skip_decode": skip_decode.SPEC,
     "token_recycling": token_recycling.SPEC,
     **llada.SPECS,
     **llada21.SPECS,

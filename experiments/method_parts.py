@@ -15,7 +15,7 @@ from decoding import methods
 from decoding.dynamic_vocabulary import inverted_lists
 from decoding.loop import ModelParams
 from decoding.unmasking import learned_filter
-from models import exit_adapter, feature_head
+from models import exit_adapter, feature_head, prompt_tokens
 from models.errors import InputError
 
 Directory = str | os.PathLike[str]
@@ -71,6 +71,12 @@ _PARTS = {
         lambda at, options, target: feature_head.load(at, target)[1],
         lambda options, target: feature_head.init(
             feature_head.FeatureHeadConfig(), target, jax.random.key(_KEY)
+        ),
+    ),
+    prompt_tokens.ROLE: _Part(
+        lambda at, options, target: prompt_tokens.load(at, target)[1],
+        lambda options, target: prompt_tokens.init(
+            prompt_tokens.PromptTokensConfig(), target, jax.random.key(_KEY)
         ),
     ),
 }

@@ -266,6 +266,12 @@ def embed(
     return _call("encode", config, params, inputs, positions)
 
 
+def token_embeddings(config: TransformerConfig, params: Params, tokens: jnp.ndarray) -> jnp.ndarray:
+    """Embeddings [..., D] of tokens int [...] alone, without positions: what `apply` takes."""
+    x = params["embedder"]["embedding"][tokens].astype(config.compute_dtype)
+    return x if config.embedding_scale is None else x * jnp.asarray(config.embedding_scale, x.dtype)
+
+
 def unembed(config: TransformerConfig, params: Params, hidden: jnp.ndarray) -> jnp.ndarray:
     """Logits float32 [..., V] of hidden states [..., D] that went through the final norm."""
     return _call("unembed", config, params, hidden)

@@ -1,0 +1,157 @@
+"""Prompt tokens that learn to say what the model will say (PPD, arXiv 2405.18628, section 3.2).
+
+    directory = prompt_tokens.ensure(PartRecipe("code_target"), PromptTokensConfig())
+    python -m experiments.generate --method=ppd --method_params=DIRECTORY ...
+
+A copy of the prompt tokens is put behind many places of a text at once; each copy sees its own
+prefix alone, so that one pass trains them all. What the k-th is to say is the target's distribution
+k tokens further on. Nothing but the embeddings learns.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models import masks, prompt_tokens, transformer
+from models.config import TransformerConfig
+from models.errors import InputError
+from models.prompt_tokens import PromptTokensConfig
+from training import loop, losses, target_features
+from training.fitting import DeviceBatch
+from training.target_features import Features, Part, PartRecipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """How prompt tokens learn.
+
+    Attributes:
+      cuts: places a row that a copy is put behind, drawn anew at every step.
+      decay: the loss of distance k counts decay ** (k - 1) (published: 0.8).
+    """
+
+    cuts: int = 16
+    decay: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.cuts < 1:
+            raise InputError(f"objective.cuts: {self.cuts} must be at least 1")
+        if not 0 < self.decay <= 1:
+            raise InputError(f"objective.decay: {self.decay} must be above 0 and at most 1")
+
+
+def part(config: PromptTokensConfig, objective: Objective) -> Part:
+    """What `target_features` trains."""
+    return Part(
+        "prompt_tokens",
+        functools.partial(prompt_tokens.init, config),
+        functools.partial(loss, config, objective),
+        lambda directory, params: prompt_tokens.save(directory, config, params),
+    )
+
+
+def ensure(
+    recipe: PartRecipe,
+    config: PromptTokensConfig,
+    objective: Objective | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> pathlib.Path:
+    """The directory of prompt tokens, for `models.prompt_tokens.load`; see
+    `target_features.ensure`."""
+    objective = objective or Objective()
+    described = {"prompts": dataclasses.asdict(config), "objective": dataclasses.asdict(objective)}
+    return target_features.ensure(recipe, part(config, objective), described, cache_dir=cache_dir)
+
+
+def loss(
+    config: PromptTokensConfig,
+    objective: Objective,
+    model: TransformerConfig,
+    params: Any,
+    features: Features,
+    batch: DeviceBatch,
+    target_params: Any,
+    key: jax.Array,
+) -> tuple[jax.Array, loop.Metrics]:
+    """KL of the target's own distributions from those of the prompt tokens, decayed by distance.
+
+    The target reads the data's own tokens after the cut, where the paper lets it go on greedily: no
+    generation is needed, and the prefix is the same. A distance that leaves its document does not
+    count. Metrics: `agreement_k`, how often the k-th prompt token's likeliest token is the
+    target's.
+    """
+    frozen = jax.lax.stop_gradient(target_params)
+    teacher = transformer.unembed(model, frozen, features.hidden)
+    n, C = config.distances, objective.cuts
+    B, T = batch["tokens"].shape
+    cut = jax.random.randint(key, (B, C), 0, T)
+    logits = ahead(config, model, params, frozen, batch, cut)
+
+    def at(table: jnp.ndarray, index: jnp.ndarray) -> jnp.ndarray:
+        return jax.vmap(lambda row, where: row[where])(table, jnp.minimum(index, T - 1))
+
+    segment = batch["segment_ids"]
+    total, metrics = jnp.zeros(()), {}
+    for k in range(1, n + 1):
+        target = at(teacher, cut + k)
+        counts = at(batch["loss_mask"], cut + k) * (cut + k < T)
+        counts = counts * (at(segment, cut + k) == at(segment, cut)) * (at(segment, cut) != 0)
+        said = logits[:, :, k - 1]
+        nats = losses.forward_kl(said, target)
+        total = total + objective.decay ** (k - 1) * losses.masked_mean(nats, counts) / n
+        same = said.argmax(axis=-1) == target.argmax(axis=-1)
+        metrics[f"agreement_{k}"] = losses.masked_mean(same, counts)
+    return total, metrics
+
+
+def ahead(
+    config: PromptTokensConfig,
+    model: TransformerConfig,
+    params: Any,
+    target_params: Any,
+    batch: DeviceBatch,
+    cut: jnp.ndarray,
+) -> jnp.ndarray:
+    """What copies of the prompt tokens behind `cut` int [B, C] say: float32 [B, C, n, V].
+
+    Embedding j of distance k sees the text up to the cut within its document, embedding j of the
+    distances before it, and itself; the logits of a distance are the mean of its embeddings'. Text
+    does not see prompt tokens.
+    """
+    tokens, positions, segments = batch["tokens"], batch["positions"], batch["segment_ids"]
+    B, T = tokens.shape
+    C, n, m = cut.shape[1], config.distances, config.ensemble
+    S = C * n * m
+    soft = params["embedding"].astype(model.compute_dtype)
+    copies = jnp.broadcast_to(soft, (B, C, n * m, soft.shape[-1])).reshape(B, S, -1)
+    text = transformer.token_embeddings(model, target_params, tokens)
+    distance = jnp.tile(jnp.repeat(jnp.arange(1, n + 1), m), C)
+    member = jnp.tile(jnp.arange(m), C * n)
+    copy = jnp.repeat(jnp.arange(C), n * m)
+    behind = jnp.repeat(cut, n * m, axis=1)
+
+    def of_text(table: jnp.ndarray) -> jnp.ndarray:
+        return jnp.take_along_axis(table, behind, axis=1)
+
+    sees_text = jnp.arange(T) <= behind[:, :, None]
+    sees_text &= segments[:, None, :] == of_text(segments)[:, :, None]
+    same = (copy[:, None] == copy) & (member[:, None] == member)
+    sees_copies = jnp.broadcast_to(same & (distance <= distance[:, None]), (B, S, S))
+    above = jnp.concatenate([masks.packed_causal(segments), jnp.zeros((B, T, S), bool)], axis=2)
+    below = jnp.concatenate([sees_text, sees_copies], axis=2)
+    hidden = transformer.apply(
+        model,
+        target_params,
+        jnp.concatenate([text, copies], axis=1),
+        positions=jnp.concatenate([positions, of_text(positions) + distance], axis=1),
+        mask=jnp.concatenate([above, below], axis=1),
+        with_logits=False,
+    ).hidden[:, T:]
+    logits = transformer.unembed(model, target_params, hidden)
+    return logits.reshape(B, C, n, m, -1).mean(axis=3)
