@@ -38,10 +38,17 @@ _OUTPUTS = (
 
 def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
     """Kinds of experiment by the name that `config.experiment` gives."""
-    from experiments import comparison, image_generation, image_speculation, token_editing
+    from experiments import (
+        comparison,
+        hierarchical,
+        image_generation,
+        image_speculation,
+        token_editing,
+    )
 
     return {
         "comparison": comparison.run,
+        "hierarchical": hierarchical.run,
         "image_generation": image_generation.run,
         "image_speculation": image_speculation.run,
         "token_editing": token_editing.run,

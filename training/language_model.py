@@ -38,6 +38,7 @@ def train(
     workdir: str | pathlib.Path,
     identity: Mapping[str, Any] | None = None,
     target: Target | None = None,
+    initial_params: Any = None,
     description: str = "train",
 ) -> loop.Result:
     """Trains a language model, or goes on where `workdir` left off.
@@ -53,6 +54,7 @@ def train(
       identity: what identifies the data and the target, as JSON can hold it: part of the run's
         config, so that a run never goes on with other data.
       target: needed when `config.distillation` is given.
+      initial_params: where a fresh run starts; None for random ones.
       description: in front of the progress bar.
 
     Returns:
@@ -83,6 +85,7 @@ def train(
         workdir=workdir,
         recorded={"identity": identity},
         mesh=mesh,
+        initial_params=initial_params,
         frozen=target.params if target else None,
         description=description,
     )

@@ -91,6 +91,7 @@ def score_words(
     *,
     num_words: int,
     batch_size: int,
+    counted_by: tuple[str, int] | None = None,
 ) -> TextScores:
     """What a hierarchical model of bytes makes of passages, each read from its own start.
 
@@ -99,6 +100,8 @@ def score_words(
       passages: with texts of at least a word.
       num_words: N, words of a passage at most; longer ones are an InputError.
       batch_size: passages scored together.
+      counted_by: rule and longest word by which words are counted where these are not the model's
+        own: one is then right when all its bytes are.
     """
     split = functools.partial(words.split, rule=config.rule, max_bytes=config.max_word)
     parts = []
@@ -110,15 +113,21 @@ def score_words(
         nats, hits = (np.asarray(x) for x in _word_scores(config, params, batch))
         k, lengths = np.arange(config.max_word), batch["target_lengths"][..., None]
         is_unit = (k < lengths) & scored[..., None]
-        right = (hits | (k > lengths)).all(axis=-1) & scored
+        count = int(scored.sum())
+        right = int(((hits | (k > lengths)).all(axis=-1) & scored).sum())
+        if counted_by is not None:
+            sizes = [[len(word) for word in words.split(p.text, *counted_by)] for p in group]
+            by_byte = [hits[row][is_unit[row]] for row in range(len(group))]
+            one = [np.ones(len(row), int) for row in by_byte]
+            right = sum(map(covered_words, sizes, one, by_byte))
         parts.append(
             TextScores(
                 nats=float(nats.sum(axis=-1, dtype=np.float64)[scored].sum()),
                 bytes=int(lengths[..., 0][scored].sum()),
                 right_bytes=int((hits & is_unit).sum()),
-                words=int(scored.sum()),
-                right_words=int(right.sum()),
-                positions=int(scored.sum()) * config.num_prefix,
+                words=count if counted_by is None else sum(map(len, sizes)),
+                right_words=right,
+                positions=count * config.num_prefix,
             )
         )
     return total(parts)
