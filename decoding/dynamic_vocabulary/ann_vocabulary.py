@@ -17,6 +17,7 @@ from decoding.method_spec import MethodSpec, Option
 from decoding.sampling import SamplingConfig
 from models import transformer
 from models.config import TransformerConfig
+from models.errors import InputError
 
 SEARCHES = ("ivf", "exact")
 COUNTERS = ("rows_compared", "bytes_emitted")
@@ -68,6 +69,9 @@ def ann_vocabulary(
       probes: lists that are searched.
       search: 'ivf', or 'exact': the k most likely of all tokens, the oracle.
       eos_bias: added to the logit of an end-of-sequence token that is a candidate.
+
+    Raises:
+      InputError: while compiling, an index over another vocabulary.
     """
     V = config.vocab_size
 
@@ -78,7 +82,13 @@ def ann_vocabulary(
             logits = transformer.unembed(config, params["target"], hidden)
             ids, best = inverted_lists.exhaustive(logits, k)
             return ids, best, jnp.full((len(hidden),), V, jnp.int32)
-        ids, _, compared = inverted_lists.search(params[ROLE], hidden, k, probes)
+        index = params[ROLE]
+        if (made_for := (len(index.bytes), index.rows.shape[-1])) != (V, config.embed_dim):
+            raise InputError(
+                f"index: it is over {made_for[0]} rows of {made_for[1]}; the target has {V} of "
+                f"{config.embed_dim}"
+            )
+        ids, _, compared = inverted_lists.search(index, hidden, k, probes)
         logits = exact_logits(config, params, hidden, ids)
         order = jnp.lexsort((ids, -logits), axis=-1)
         ids = jnp.take_along_axis(ids, order, axis=1)

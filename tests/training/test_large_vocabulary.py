@@ -273,3 +273,6 @@ def test_mistakes_are_named():
         ann_index.build(rows, np.ones(4), lists=2, balance=0.5)
     with pytest.raises(InputError, match="probes: 0 must be at least 1"):
         build(probes=0)
+    _, small = ann_index.build(np.eye(16, dtype=np.float32), np.ones(16), lists=2)
+    with pytest.raises(InputError, match="index: it is over 16 rows of 16; the target has 420"):
+        decode(build(), {"target": large()[1], "index": small})
