@@ -12,7 +12,9 @@ its surface form (`surfaces`), the hypernetwork's input.
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +106,24 @@ class ByteLevel:
             return [self.specials[token]]
         text = token if is_byte_level(token) else to_characters(token)
         return [piece.id for piece in self.backend.model.tokenize(text)]
+
+
+def read(directory: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+    """The tokeniser of a directory's tokenizer.json, padding and truncation switched off.
+
+    Raises:
+      InputError: the file is missing or corrupt.
+    """
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{directory}: no tokenizer.json; a byte-level form needs one")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path}: corrupt tokenizer ({error})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def normalise(
