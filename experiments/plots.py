@@ -150,7 +150,24 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _draw_bars(axis: Axes, spec: Mapping[str, Any]) -> None:
+    """Groups of bars: a group an x, in the order of the first series."""
+    names = spec["series"][0]["x"]
+    width = 0.8 / len(spec["series"])
+    for i, series in enumerate(spec["series"]):
+        places = [j + (i - (len(spec["series"]) - 1) / 2) * width for j in range(len(names))]
+        colour = COLOURS[i % len(COLOURS)]
+        axis.bar(places, series["y"], width * 0.92, label=series["label"], color=colour)
+    axis.set_xticks(range(len(names)), [str(name).replace(", ", "\n") for name in names])
+    axis.set_title(spec["title"])
+    axis.set_xlabel(spec["x_label"])
+    axis.set_ylabel(spec["y_label"])
+
+
 def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
+    if spec.get("form") == "bars":
+        _draw_bars(axis, spec)
+        return
     for i, series in enumerate(spec["series"]):
         alone = len(series["x"]) == 1
         # Many named settings are a list, not an axis: points are not joined.
@@ -180,7 +197,8 @@ def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
 def lines(spec: Mapping[str, Any]) -> Figure:
     """A line chart: title, x_label, y_label and series of label, x and y.
 
-    A series of one point is drawn as a diamond. `x_scale`, `y_scale` and `x_ticks` are optional.
+    A series of one point is drawn as a diamond. `x_scale`, `y_scale` and `x_ticks` are optional, as
+    is `form`, which may be 'bars'.
     """
     figure, (axis,) = _figure(1)
     figure.set_size_inches(6.4, 3.8)

@@ -42,6 +42,11 @@ def at_least(name: str, measured: float, bound: float) -> Claim:
     return Claim(name, float(measured), f">= {bound:g}", bool(measured >= bound))
 
 
+def at_most(name: str, measured: float, bound: float) -> Claim:
+    """A claim that holds when `measured` <= `bound`."""
+    return Claim(name, float(measured), f"<= {bound:g}", bool(measured <= bound))
+
+
 def machine() -> dict[str, Any]:
     """The machine in words and numbers; no host or user names."""
     cpu = platform.processor() or platform.machine()

@@ -43,6 +43,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
         hierarchical,
         image_generation,
         image_speculation,
+        lexinvariance,
         token_editing,
     )
 
@@ -51,6 +52,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
         "hierarchical": hierarchical.run,
         "image_generation": image_generation.run,
         "image_speculation": image_speculation.run,
+        "lexinvariance": lexinvariance.run,
         "token_editing": token_editing.run,
     }
 

@@ -16,11 +16,9 @@ from models import decipher_probe, files
 from models import random_embeddings as lex
 from models.decipher_probe import DecipherProbeConfig
 from models.errors import check_choice
-from models.permutation_mixture import MarkovLanguage
 from models.random_embeddings import LexinvariantConfig
 from training import artifacts, checkpoints, lexinvariant, loop, metric_writers, symbol_data
 from training import decipher_probe as probe_training
-from training import tokenizers as tokenizer_training
 from training.base_models import SUMMARY_FILE
 from training.fitting import TrainConfig
 from training.lexinvariant import Cipher
@@ -87,7 +85,7 @@ def _model(
     )
 
 
-def _markov(table: str, steps: int, **language: Any) -> LexinvariantModel:
+def _markov(table: str, steps: int, **cipher: Any) -> LexinvariantModel:
     """A language of six symbols. A plateau at ln 6 lasts for a thousand steps or more."""
     train = TrainConfig(
         model=_model(2, 32, 2, context=64, table=table),
@@ -99,7 +97,7 @@ def _markov(table: str, steps: int, **language: Any) -> LexinvariantModel:
         eval_every=250,
         checkpoint_every=500,
     )
-    return LexinvariantModel(LanguageData(MarkovLanguage(**language)), train)
+    return LexinvariantModel(LanguageData(), train, Cipher(**cipher))
 
 
 # A tenth of the standard library's source is about as much text as its docstrings.
@@ -138,21 +136,43 @@ def _published(data: TextData, table: str, **cipher: Any) -> LexinvariantModel:
         eval_every=5000,
         checkpoint_every=5000,
     )
+    if data.tokens not in symbol_data.CHARACTERS:
+        cipher = {"draw": "permutations", **cipher}
     return LexinvariantModel(data, train, Cipher(**cipher), eval_batches=64)
 
+
+_PUBLISHED = {
+    "pile": TextData("text_files", {"files": "data/pile/**/*.txt"}, tokens="ascii"),
+    "github": TextData("text_files", {"files": "data/github/**/*.txt"}, tokens="ascii"),
+    "wiki": TextData("wiki40b/en", tokens="ascii"),
+    # With T5's tokeniser of 32k pieces one table a step serves all rows, each under a permutation.
+    "pile_t5": TextData("text_files", {"files": "data/pile/**/*.txt"}, tokens="checkpoints/t5"),
+}
 
 RECIPES: dict[str, LexinvariantModel | ProbeModel] = {
     "markov_lexinvariant": _markov("gaussian", 2500),
     "markov_standard": _markov("learned", 500),
+    **{
+        f"markov_semi_{percent:03d}": _markov("learned", 1000, permuted=percent / 100)
+        for percent in (0, 20, 50, 100)
+    },
     "prose_lexinvariant": _characters(_PROSE, "gaussian"),
     "prose_standard": _characters(_PROSE, "learned"),
     "prose_probe": ProbeModel("prose_lexinvariant", num_steps=400, batch_size=8),
     "code_lexinvariant": _characters(_CODE, "gaussian"),
     "code_standard": _characters(_CODE, "learned"),
+    "prose_semi_020": _characters(_PROSE, "learned", permuted=0.2),
+    # The published setting, for data of your own.
     **{
-        f"prose_semi_{percent:03d}": _characters(_PROSE, "learned", permuted=percent / 100)
-        for percent in (20, 50, 100)
+        f"{name}_{kind}": _published(data, table, **cipher)
+        for name, data in _PUBLISHED.items()
+        for kind, table, cipher in (
+            ("lexinvariant", "gaussian", {}),
+            ("standard", "learned", {}),
+            ("semi_020", "learned", {"permuted": 0.2}),
+        )
     },
+    "pile_probe": ProbeModel("pile_lexinvariant", sequence_length=512),
 }
 
 
@@ -244,7 +264,7 @@ def _make_model(
     lex.save(result, model, trained.state.params)
     if isinstance(chosen.data, TextData):
         with checkpoints.disk_errors("cannot write the tokeniser", result):
-            tokenizer_training.save(symbol_data.tokenizer_of(chosen.data), result)
+            symbol_data.save_tokenizer(chosen.data, result)
     return trained
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import tokenizers
 from models.config import TransformerConfig
 from models.errors import InputError
 from models.permutation_mixture import MarkovLanguage
+from models.tokenizer import FILES as TOKENIZER_FILES
 from models.tokenizer import Tokenizer
 from training import batches, image_batches, loop
 from training import tokenizers as tokenizer_training
@@ -88,6 +90,16 @@ def tokenizer_of(data: TextData) -> tokenizers.Tokenizer:
         symbols, lower_case = CHARACTERS[data.tokens]
         return tokenizer_training.characters(symbols, lower_case=lower_case)
     return tokenizers.Tokenizer.from_file(str(pathlib.Path(data.tokens) / "tokenizer.json"))
+
+
+def save_tokenizer(data: TextData, directory: pathlib.Path) -> None:
+    """Writes the tokeniser's files into a model's directory."""
+    if data.tokens in CHARACTERS:
+        tokenizer_training.save(tokenizer_of(data), directory)
+        return
+    for name in TOKENIZER_FILES:
+        if (source := pathlib.Path(data.tokens) / name).is_file():
+            shutil.copy(source, directory / name)
 
 
 def vocabulary(data: TextData | LanguageData) -> tuple[int, tuple[int, ...]]:
