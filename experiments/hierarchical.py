@@ -1,15 +1,14 @@
 """Models of words beside a model of tokens: equal text, equal work, noise, scripts, a new domain.
 
-`config.models` are hierarchical models and one model of byte-level tokens, whose work a byte is
+The config's models are hierarchical ones and one of byte-level tokens, whose work a byte is
 made that of the first; all are trained here on the same bytes. See `experiments/configs/hat.py`.
 """
 
 import dataclasses
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -17,46 +16,21 @@ from ml_collections import ConfigDict
 
 from decoding import generation, methods, stopping
 from decoding.sampling import SamplingConfig
+from experiments import hierarchical_parts as parts
 from experiments import plots, results
-from models import files, hierarchical, words
-from models.config import TransformerConfig
+from experiments.hierarchical_parts import TOKENS, WORDS, Found, Setting
+from models import words
 from models.errors import InputError
 from models.hierarchical import HierarchicalConfig
 from models.word_tokenizer import WordTokenizer
-from training import compute, text_models, text_noise, text_scores
+from training import compute, text_models, text_noise
 from training.datasets import registry
-from training.optimizers import OptimizerConfig
-from training.text_models import TextModel
-from training.text_scores import Passage, TextScores
-
-WORDS, TOKENS = "HAT", "BPE"
-
-
-class Trained(NamedTuple):
-    """A model, where it lies and what its training left."""
-
-    config: HierarchicalConfig | TransformerConfig
-    params: Any
-    directory: Path
-    summary: dict[str, Any]
-
-
-class Setting(NamedTuple):
-    """What every measurement begins with."""
-
-    config: ConfigDict
-    cache: Path
-    texts: dict[str, list[str]]
-    identity: str
-    tokenizer: Path
-    models: dict[str, Trained]
-    passages: list[Passage]
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains the models and measures what `config` asks for."""
     begin = time.perf_counter()
-    setting = prepare(config)
+    setting = parts.prepare(config)
     tables: list[Any] = []
     figures: dict[str, Any] = {}
     claims: list[results.Claim] = []
@@ -87,142 +61,23 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     }
 
 
-class Found(NamedTuple):
-    """What a measurement gives to the results."""
-
-    values: Any
-    table: dict[str, Any]
-    figures: dict[str, Any]
-    claims: list[results.Claim]
-
-
-def prepare(config: ConfigDict) -> Setting:
-    """Texts, tokeniser, trained models and the passages that they are measured on."""
-    cache = files.cache_root()
-    texts, identity = _texts(config.data, cache)
-    tokenizer = text_models.ensure_tokenizer(
-        texts["train"], config.tokens.vocab_size, identity, cache
-    )
-    rule, cap = config.words.rule, config.words.max_word
-    passages = text_scores.passages_of(
-        texts["test"], rule=rule, max_word=cap, num_words=config.passages.words,
-        limit=config.passages.count, context=config.passages.context,
-    )  # fmt: skip
-    setting = Setting(config, cache, texts, identity, tokenizer, {}, passages)
-    first = _hierarchical(config, {})
-    models = {WORDS: _train(setting, "hat", first)}
-    for name, changes in config.variants.items():
-        models[name] = _train(setting, f"hat_{_slug(name)}", _hierarchical(config, changes))
-    models[TOKENS] = _train(setting, "hat_bpe", matched_tokens(setting, first))
-    return setting._replace(models=models)
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(" ", "_")
-
-
-def _texts(data: ConfigDict, cache: Path) -> tuple[dict[str, list[str]], str]:
-    options = data.builder_options.to_dict()
-    found: dict[str, list[str]] = {}
-    identity = ""
-    for split in ("train", "validation", "test"):
-        examples = registry.load(data.dataset, split, data_dir=cache / "datasets", **options)
-        identity = examples.full_name
-        found[split] = [example["text"] for example in examples]
-    found["test"] = [*found["test"], *found["validation"]] if data.join_held_out else found["test"]
-    return found, identity
-
-
-def _hierarchical(config: ConfigDict, changes: Mapping[str, Any]) -> HierarchicalConfig:
-    return hierarchical.hat(**{**config.words.to_dict(), **dict(changes)})
-
-
-def _recipe(setting: Setting, model: Any, **more: Any) -> TextModel:
-    options = setting.config.training.to_dict()
-    optimizer = OptimizerConfig(**options.pop("optimizer"))
-    return TextModel(**{"model": model, "optimizer": optimizer, **options, **more})
-
-
-def _train(setting: Setting, name: str, model: Any) -> Trained:
-    is_tokens = isinstance(model, TransformerConfig)
-    directory = text_models.ensure(
-        name,
-        _recipe(setting, model),
-        setting.texts["train"],
-        setting.texts["validation"],
-        identity=setting.identity,
-        cache=setting.cache,
-        tokenizer=setting.tokenizer if is_tokens else None,
-    )
-    return _open(directory)
-
-
-def _open(directory: Path) -> Trained:
-    config, params = text_models.load(directory)
-    summary = json.loads((directory / text_models.SUMMARY_FILE).read_text(encoding="utf-8"))
-    return Trained(config, params, directory, summary)
-
-
-def matched_tokens(setting: Setting, model: HierarchicalConfig) -> TransformerConfig:
-    """A model of tokens whose work a byte is that of a hierarchical one (section 2.6).
-
-    Width and layers are the config's; the feed-forward width is what makes the work equal.
-    """
-    options, texts = setting.config.tokens, setting.texts["train"]
-    backend = text_models.tokenizer_of(setting.tokenizer)
-    width, head = options.width, options.head_dim
-    base = TransformerConfig(
-        vocab_size=backend.get_vocab_size(), embed_dim=width, num_layers=options.layers,
-        num_heads=width // head, num_kv_heads=width // head, head_dim=head, mlp_dim=8,
-        max_position=4096, tie_embeddings=True,
-        eos_token_ids=(text_models.end_of_text(backend),),
-    )  # fmt: skip
-    goal = _work(setting, model, text_models.bytes_per_position(model, None, texts))
-    size = text_models.bytes_per_position(base, backend, texts)
-    choices = [base.replace(mlp_dim=mlp) for mlp in range(8, 16 * width, 8)]
-    return min(choices, key=lambda choice: abs(_work(setting, choice, size) - goal))
-
-
-def _work(setting: Setting, model: Any, per_position: float) -> float:
-    """Operations of a forward pass, a byte, half a row in sight."""
-    context = setting.config.training.row_bytes / 2
-    return compute.per_byte(model, bytes_per_position=per_position, context_bytes=context)
-
-
-def score(setting: Setting, model: Trained, passages: Sequence[Passage]) -> TextScores:
-    """A model's measures on passages, words counted by the first model's rule."""
-    rule, cap = setting.config.words.rule, setting.config.words.max_word
-    batch = setting.config.passages.batch_size
-    room = setting.config.passages
-    if isinstance(model.config, TransformerConfig):
-        return text_scores.score_tokens(
-            model.config, model.params, text_models.tokenizer_of(setting.tokenizer), passages,
-            rule=rule, max_word=cap, num_tokens=room.tokens, batch_size=batch,
-        )  # fmt: skip
-    own = (model.config.rule, model.config.max_word) == (rule, cap)
-    return text_scores.score_words(
-        model.config, model.params, passages, num_words=room.most_words, batch_size=batch,
-        counted_by=None if own else (rule, cap),
-    )  # fmt: skip
-
-
 def compare(setting: Setting) -> Found:
     """Section 7 (a), (b), (c) and (f): every model on the same held-out words."""
     values: dict[str, dict[str, float]] = {}
     for name, model in setting.models.items():
-        found = score(setting, model, setting.passages).report()
+        found = parts.score(setting, model, setting.passages).report()
         size = model.summary["bytes_per_position"]
-        found["operations_a_byte"] = _work(setting, model.config, size)
+        found["operations_a_byte"] = parts.work(setting, model.config, size)
         found["parameters"] = model.summary["num_params"]
         found["slots_a_kilobyte"] = 1024 / found["bytes_per_position"]
         values[name] = found
     base, other = values[WORDS], values[TOKENS]
     ratio = lambda field: base[field] / other[field]  # noqa: E731
     claims = [
-        at_most("HAT over BPE: work a byte, distance from 1", abs(ratio("operations_a_byte") - 1),
-                0.05),
-        at_most("HAT over BPE: bits a byte, at equal work", ratio("bits_per_byte"), 1.05),
-        at_most("HAT over BPE: cache slots a kilobyte", ratio("slots_a_kilobyte"), 1.0),
+        parts.at_most("HAT over BPE: work a byte, distance from 1",
+                      abs(ratio("operations_a_byte") - 1), 0.05),
+        parts.at_most("HAT over BPE: bits a byte, at equal work", ratio("bits_per_byte"), 1.05),
+        parts.at_most("HAT over BPE: cache slots a kilobyte", ratio("slots_a_kilobyte"), 1.0),
     ]  # fmt: skip
     if (fixed := values.get("fixed chunks")) is not None:
         claims.append(
@@ -241,13 +96,13 @@ def compare(setting: Setting) -> Found:
         "parameters", "operations_a_byte", "bits_per_byte", "word_accuracy", "byte_accuracy",
         "bytes_per_position", "slots_a_kilobyte",
     )  # fmt: skip
-    return Found(values, _table("Held-out text", "model", columns, values), {}, claims)
+    return Found(values, parts.table("Held-out text", "model", columns, values), {}, claims)
 
 
 def noise(setting: Setting) -> Found:
     """Section 7 (d): context with noise, then clean words to predict."""
     options, names = setting.config.noise, (WORDS, TOKENS)
-    clean = {name: score(setting, setting.models[name], setting.passages) for name in names}
+    clean = {name: parts.score(setting, setting.models[name], setting.passages) for name in names}
     values: dict[str, dict[str, float]] = {}
     for kind in options.kinds:
         for rate in options.curve if kind == options.curve_kind else (options.rates[kind],):
@@ -258,7 +113,7 @@ def noise(setting: Setting) -> Found:
             ]
             row = {}
             for name in names:
-                found, before = score(setting, setting.models[name], noisy), clean[name]
+                found, before = parts.score(setting, setting.models[name], noisy), clean[name]
                 row[f"{name} bits added"] = found.nats / before.nats - 1
                 row[f"{name} words lost"] = 1 - found.right_words / before.right_words
             values[f"{kind} {rate:g}"] = row
@@ -270,15 +125,15 @@ def noise(setting: Setting) -> Found:
             claims.append(results.at_least(f"{label}: {field}, BPE less HAT", less, 0.0))
     curve = [f"{options.curve_kind} {rate:g}" for rate in options.curve]
     series = [
-        _line(name, options.curve, [values[label][f"{name} bits added"] for label in curve])
+        parts.line(name, options.curve, [values[label][f"{name} bits added"] for label in curve])
         for name in names
     ]
-    chart = _chart(
+    chart = parts.chart(
         f"Contexts with noise ({options.curve_kind})", "share of characters",
         "bits a byte added to clean words", series,
     )  # fmt: skip
     columns = tuple(f"{name} {field}" for field in ("bits added", "words lost") for name in names)
-    table = _table("Noise in the context, relative to none", "noise", columns, values)
+    table = parts.table("Noise in the context, relative to none", "noise", columns, values)
     return Found(values, table, {"noise": chart}, claims)
 
 
@@ -308,16 +163,16 @@ def scripts(setting: Setting) -> Found:
     claims = [
         results.at_least("other scripts: bytes a HAT position over the word length",
                          mean(WORDS) / mean("word length"), 0.8),
-        at_most("other scripts: bytes a BPE token", mean(TOKENS), 1.5),
+        parts.at_most("other scripts: bytes a BPE token", mean(TOKENS), 1.5),
     ]  # fmt: skip
     series = [
-        _line(name, list(values), [row[name] for row in values.values()])
+        parts.line(name, list(values), [row[name] for row in values.values()])
         for name in (WORDS, TOKENS, "word length")
     ]
-    chart = _chart("Names in other scripts", "locale", "bytes a position", series)
+    chart = parts.chart("Names in other scripts", "locale", "bytes a position", series)
     columns = (WORDS, TOKENS, "word length")
     return Found(
-        values, _table("Bytes a position, names of CLDR", "locale", columns, values),
+        values, parts.table("Bytes a position, names of CLDR", "locale", columns, values),
         {"scripts": chart}, claims,
     )  # fmt: skip
 
@@ -340,14 +195,14 @@ def adapt(setting: Setting) -> Found:
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for name in (WORDS, TOKENS):
         model = setting.models[name]
-        chosen = _recipe(setting, model.config, **options.training.to_dict())
+        chosen = parts.recipe(setting, model.config, **options.training.to_dict())
         is_tokens = name == TOKENS
         directory = text_models.ensure(
             f"{model.directory.name.rpartition('-')[0]}_adapted", chosen, texts["train"],
             texts["validation"], identity=identity, cache=setting.cache, start=model.directory,
             tokenizer=setting.tokenizer if is_tokens else None,
         )  # fmt: skip
-        lines = _open(directory).summary["evaluations"]
+        lines = parts.read(directory).summary["evaluations"]
         size = text_models.bytes_per_position(model.config, backend, texts["train"])
         work = 3 * chosen.batch_size * chosen.row_bytes * compute.per_byte(
             model.config, bytes_per_position=size, context_bytes=chosen.row_bytes / 2
@@ -366,16 +221,17 @@ def adapt(setting: Setting) -> Found:
         for name, (work, loss) in curves.items()
     }  # fmt: skip
     claims = [
-        at_most("new language: bits a byte at equal work, HAT over BPE",
-                at(work_a, a) / at(work_b, b), 1.0),
-        at_most("new language: bits a byte after equal text, HAT over BPE", a[-1] / b[-1], 1.0),
+        parts.at_most("new language: bits a byte at equal work, HAT over BPE",
+                      at(work_a, a) / at(work_b, b), 1.0),
+        parts.at_most("new language: bits a byte after equal text, HAT over BPE",
+                      a[-1] / b[-1], 1.0),
     ]  # fmt: skip
-    chart = _chart(
+    chart = parts.chart(
         "Training goes on with names in " + ", ".join(options.locales),
-        "billion operations", "bits a byte", [_line(name, *curves[name]) for name in curves],
+        "billion operations", "bits a byte", [parts.line(name, *curves[name]) for name in curves],
     )  # fmt: skip
     columns = tuple(values[WORDS])
-    table = _table("Adaptation to another language", "model", columns, values)
+    table = parts.table("Adaptation to another language", "model", columns, values)
     return Found({"curves": curves, **values}, table, {"adaptation": chart}, claims)
 
 
@@ -423,12 +279,12 @@ def generate(setting: Setting) -> Found:
             1 - values["HAT with drafts"]["decoder calls a byte"]
             / values[WORDS]["decoder calls a byte"], 0.0,
         ),
-        at_most("backbone calls a byte, HAT over BPE",
+        parts.at_most("backbone calls a byte, HAT over BPE",
                 values[WORDS]["backbone calls a byte"] / values[TOKENS]["backbone calls a byte"],
                 1.0),
     ]  # fmt: skip
     columns = tuple(values[WORDS])
-    return Found(values, _table("Continuations", "method", columns, values), {}, claims)
+    return Found(values, parts.table("Continuations", "method", columns, values), {}, claims)
 
 
 MEASUREMENTS = {
@@ -438,30 +294,6 @@ MEASUREMENTS = {
     "adaptation": adapt,
     "generation": generate,
 }
-
-
-def at_most(name: str, measured: float, bound: float) -> results.Claim:
-    """A claim that holds when `measured` <= `bound`."""
-    return results.Claim(name, float(measured), f"<= {bound:g}", bool(measured <= bound))
-
-
-def _line(label: str, x: Sequence[Any], y: Sequence[float]) -> dict[str, Any]:
-    return {"label": label, "x": list(x), "y": list(y)}
-
-
-def _chart(title: str, x: str, y: str, series: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"title": title, "x_label": x, "y_label": y, "series": list(series)}
-
-
-def _table(
-    title: str, first: str, columns: Sequence[str], values: Mapping[str, Mapping[str, float]]
-) -> dict[str, Any]:
-    """A table of the report: a row for each entry."""
-    return {
-        "title": title,
-        "columns": [first, *(name.replace("_", " ") for name in columns)],
-        "rows": [[label, *(row[name] for name in columns)] for label, row in values.items()],
-    }
 
 
 def _text(table: Mapping[str, Any]) -> str:

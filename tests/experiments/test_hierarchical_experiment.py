@@ -3,6 +3,7 @@
 import pytest
 
 from experiments import cli, hierarchical, sweep
+from experiments import hierarchical_parts as parts
 from models.errors import InputError
 from training import compute, text_models
 from training import tokenizers as bpe
@@ -30,9 +31,9 @@ def test_published_settings_and_sweep():
 def test_work_of_the_baseline_is_that_of_hat(tmp_path):
     config = small(tmp_path)
     bpe.save(bpe.train_bpe(TEXTS, 280), tmp_path)
-    setting = hierarchical.Setting(config, tmp_path, {"train": TEXTS}, "", tmp_path, {}, [])
-    words = hierarchical._hierarchical(config, {})
-    tokens = hierarchical.matched_tokens(setting, words)
+    setting = parts.Setting(config, tmp_path, {"train": TEXTS}, "", tmp_path, {}, [])
+    words = parts.architecture(config, {})
+    tokens = parts.matched_tokens(setting, words)
     backend = text_models.tokenizer_of(tmp_path)
     work = [
         compute.per_byte(
@@ -47,7 +48,7 @@ def test_work_of_the_baseline_is_that_of_hat(tmp_path):
 
 
 def test_bytes_a_position_are_those_of_words_and_tokens(tmp_path):
-    words = hierarchical._hierarchical(small(tmp_path), {})
+    words = parts.architecture(small(tmp_path), {})
     backend = bpe.train_bpe(TEXTS, 280)
     size = sum(len(text.encode()) for text in TEXTS)
     found = text_models.bytes_per_position(words, None, ["Hello, world! 3.14"])
@@ -67,8 +68,6 @@ def test_a_text_begins_with_the_end_of_another():
 
 def test_unknown_measurements_are_refused(tmp_path, monkeypatch):
     config = small(tmp_path, measurements=("speed",))
-    monkeypatch.setattr(
-        hierarchical, "prepare", lambda config: hierarchical.Setting(config, *[None] * 6)
-    )
+    monkeypatch.setattr(parts, "prepare", lambda config: parts.Setting(config, *[None] * 6))
     with pytest.raises(InputError, match=r"config\.measurements: 'speed' is not known"):
         hierarchical.run(config, tmp_path)
