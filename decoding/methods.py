@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from decoding import hierarchical, lexinvariant, skip_decode, word_subwords
+from decoding import hierarchical, lexical_units, lexinvariant, skip_decode, word_subwords
 from decoding.autoregressive import autoregressive
 from decoding.dynamic_vocabulary import ann_vocabulary
 from decoding.loop import Method
@@ -41,6 +41,7 @@ METHODS: dict[str, MethodSpec] = {
     "byte2word": word_subwords.SPEC,
     "hat": hierarchical.SPEC,
     "kangaroo": kangaroo.SPEC,
+    "lud": lexical_units.SPEC,
     "ppd": ppd.SPEC,
     "lexinvariant": lexinvariant.SPEC,
     "skip_decode": skip_decode.SPEC,

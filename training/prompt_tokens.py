@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models import masks, prompt_tokens, transformer
+from models import prompt_tokens, transformer
 from models.config import TransformerConfig
 from models.errors import InputError
 from models.prompt_tokens import PromptTokensConfig
-from training import loop, losses, target_features
+from training import branches, loop, losses, target_features
 from training.fitting import DeviceBatch
 from training.target_features import Features, Part, PartRecipe
 
@@ -120,38 +120,11 @@ def ahead(
 ) -> jnp.ndarray:
     """What copies of the prompt tokens behind `cut` int [B, C] say: float32 [B, C, n, V].
 
-    Embedding j of distance k sees the text up to the cut within its document, embedding j of the
-    distances before it, and itself; the logits of a distance are the mean of its embeddings'. Text
-    does not see prompt tokens.
+    The logits of a distance are the mean of its embeddings'; see `branches.hidden`.
     """
-    tokens, positions, segments = batch["tokens"], batch["positions"], batch["segment_ids"]
-    B, T = tokens.shape
-    C, n, m = cut.shape[1], config.distances, config.ensemble
-    S = C * n * m
-    soft = params["embedding"].astype(model.compute_dtype)
-    copies = jnp.broadcast_to(soft, (B, C, n * m, soft.shape[-1])).reshape(B, S, -1)
-    text = transformer.token_embeddings(model, target_params, tokens)
-    distance = jnp.tile(jnp.repeat(jnp.arange(1, n + 1), m), C)
-    member = jnp.tile(jnp.arange(m), C * n)
-    copy = jnp.repeat(jnp.arange(C), n * m)
-    behind = jnp.repeat(cut, n * m, axis=1)
-
-    def of_text(table: jnp.ndarray) -> jnp.ndarray:
-        return jnp.take_along_axis(table, behind, axis=1)
-
-    sees_text = jnp.arange(T) <= behind[:, :, None]
-    sees_text &= segments[:, None, :] == of_text(segments)[:, :, None]
-    same = (copy[:, None] == copy) & (member[:, None] == member)
-    sees_copies = jnp.broadcast_to(same & (distance <= distance[:, None]), (B, S, S))
-    above = jnp.concatenate([masks.packed_causal(segments), jnp.zeros((B, T, S), bool)], axis=2)
-    below = jnp.concatenate([sees_text, sees_copies], axis=2)
-    hidden = transformer.apply(
-        model,
-        target_params,
-        jnp.concatenate([text, copies], axis=1),
-        positions=jnp.concatenate([positions, of_text(positions) + distance], axis=1),
-        mask=jnp.concatenate([above, below], axis=1),
-        with_logits=False,
-    ).hidden[:, T:]
-    logits = transformer.unembed(model, target_params, hidden)
-    return logits.reshape(B, C, n, m, -1).mean(axis=3)
+    _, found = branches.hidden(
+        model, target_params, batch, cut, params["embedding"], config.ensemble
+    )
+    logits = transformer.unembed(model, target_params, found)
+    shape = (*cut.shape, config.distances, config.ensemble, logits.shape[-1])
+    return logits.reshape(shape).mean(axis=3)
