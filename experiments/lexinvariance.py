@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import cipher_keys, lexinvariant_language, results, symbol_tasks
+from experiments import cipher_keys, lexinvariant_language, plots, results, symbol_tasks
 from experiments.lexinvariant_measures import (
     Model,
     Table,
@@ -256,7 +256,6 @@ def _probe(
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs the experiment that `config` describes; see `experiments/configs/lexinvariant.py`."""
-    del workdir
     begin = time.perf_counter()
     found: dict[str, Any] = {
         "models": [], "runs": [], "samples": [], "claims": [], "figures": {}, "tables": [],
@@ -267,4 +266,6 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.texts:
         texts(config, found)
     found["tables"] = [table._asdict() for table in found["tables"]]
+    for name, spec in found["figures"].items():
+        plots.write_png(plots.lines(spec), workdir / f"{name.replace(' ', '_')}.png")
     return found | {"seconds": time.perf_counter() - begin}

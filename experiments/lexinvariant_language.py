@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import results
+from experiments import cipher_keys, results
 from experiments.lexinvariant_measures import Table, curve, load_model, nats_by_position
 from models.permutation_mixture import MarkovLanguage, log_probs, predictions
 from training import lexinvariant_models
@@ -24,6 +24,10 @@ def measure(config: ConfigDict, found: dict[str, Any]) -> None:
     rows = spec.sample(names.rows, names.length + 1, seed=config.seed + 100)
     given = {"draws": config.draws, "batch_size": names.rows, "seed": config.seed}
     measured = {role: nats_by_position(model, rows, **given) for role, model in models.items()}
+    # The same rows under a cipher each: a lexinvariant model's losses do not change by that.
+    model, rng = models["standard"], np.random.default_rng(config.seed)
+    hidden = cipher_keys.encrypt(rows, cipher_keys.random_keys(rng, model.config, len(rows)))
+    measured["standard, enciphered rows"] = nats_by_position(model, hidden, **given)
     exact = -np.asarray(log_probs(spec.transition(), rows), np.float64)[:, 1:]
     true = -spec.log_probs(rows)[:, 1:]
     lines = {**measured, "exact p'": exact, "language": true}
@@ -45,6 +49,13 @@ def measure(config: ConfigDict, found: dict[str, Any]) -> None:
     )
     found["claims"] += _language_claims(measured, exact, models["lexinvariant"].summary)
     found["figures"]["theorem"] = _theorem(config, spec)
+    late = slice(3 * names.length // 4, None)
+    found["scores"] = {
+        f"nats a symbol, {where}": {
+            label: float(values[:, part].mean()) for label, values in lines.items()
+        }
+        for where, part in (("one symbol of context", slice(0, 1)), ("last quarter", late))
+    }
 
 
 def _language_claims(
