@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from decoding import generation, methods, stopping
 from decoding.autoregressive import pending_tokens
@@ -247,6 +248,39 @@ def test_drafts_inside_words_change_no_text(temperature):
     if temperature == 0:
         assert total["decoder_calls"] < one_by_one["decoder_calls"]
         assert sum(total["accepted"]) > 0
+
+
+def test_sampled_text_with_drafts_has_the_models_law():
+    """Chi-square of two units after a prompt that drafts are found for, over 1024 rows."""
+    units, end = without_ends(POOLED), POOLED.word_end
+    prompt = [0, 1, end, 0]
+    method = build(1.0, POOLED, draft="ngram", num_draft=2)
+    stop = stopping.StopConfig(2, (POOLED.document_end,))
+    counts, proposed = {}, 0
+    for first in range(0, 1024, 256):
+        ids = list(range(first, first + 256))
+        for row in decode(method, [prompt] * 256, POOLED, stop, row_ids=ids):
+            pair = tuple(row.token_ids)
+            counts[pair] = counts.get(pair, 0) + 1
+            proposed += row.stats["proposed"][0]
+    assert proposed >= 1024
+    one = np.exp(jax.nn.log_softmax(next_logits(POOLED, [prompt])[0]))
+    rows = [[*prompt, unit] for unit in [*units, end]]
+    two = np.exp(jax.nn.log_softmax(next_logits(POOLED, rows), axis=-1))
+    law = {
+        (row[-1], unit): float(one[row[-1]]) * float(two[number, unit])
+        for number, row in enumerate(rows)
+        for unit in range(POOLED.vocab_size)
+    }
+    assert sum(law.values()) == pytest.approx(1, abs=1e-5)
+    assert all(law[pair] > 1e-8 for pair in counts)
+    common = [pair for pair, p in law.items() if 1024 * p >= 5]
+    seen = [*(counts.get(pair, 0) for pair in common)]
+    expected = [*(1024 * law[pair] for pair in common)]
+    seen.append(1024 - sum(seen))
+    expected.append(1024 - sum(expected))
+    assert len(common) > 8
+    assert scipy.stats.chisquare(seen, expected).pvalue > 1e-3
 
 
 def test_drafts_keep_characters_whole():
