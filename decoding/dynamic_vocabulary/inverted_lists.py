@@ -21,6 +21,7 @@ from models.errors import InputError, check_choice
 METRICS = ("cosine", "inner")
 ROLE = "index"
 _KIND = "ann_index"
+_LISTS_AT_ONCE = 8
 _MOST = 2**24  # ids up to here are kept as float32, the dtype of parameter files
 
 
@@ -83,18 +84,23 @@ def search(
       Ids int32 [B, k], best first, -1 where the lists held fewer; their products with the queries,
       float32 [B, k], -inf there; and how many rows each query was compared with, int32 [B].
     """
-    C = len(index.centroids)
+    B, C = len(queries), len(index.centroids)
     queries = queries.astype(index.centroids.dtype)
     _, lists = top_k(queries @ index.centroids.T, min(probes, C))
     ids = index.ids[lists]
+    # Few lists at a time: what is gathered of them stays in a processor's cache.
+    part = next(
+        n for n in range(min(_LISTS_AT_ONCE, lists.shape[1]), 0, -1) if not lists.shape[1] % n
+    )
+    parts = lists.reshape(B, -1, part).swapaxes(0, 1)
 
-    def compare(query: jnp.ndarray, mine: jnp.ndarray) -> jnp.ndarray:
-        rows = index.rows[mine].reshape(-1, query.shape[0])
-        return rows @ query.astype(rows.dtype)
+    def compare(mine: jnp.ndarray) -> jnp.ndarray:
+        rows = index.rows[mine]
+        return jnp.einsum("bpwd,bd->bpw", rows, queries.astype(rows.dtype))
 
-    scores = jax.vmap(compare)(queries, lists).reshape(ids.shape).astype(jnp.float32)
+    scores = jax.lax.map(compare, parts).swapaxes(0, 1).reshape(ids.shape).astype(jnp.float32)
     held = ids >= 0
-    scores = jnp.where(held, scores, -jnp.inf).reshape(len(queries), -1)
+    scores = jnp.where(held, scores, -jnp.inf).reshape(B, -1)
     best, place = top_k(scores, min(k, scores.shape[1]))
     found = jnp.take_along_axis(ids.reshape(scores.shape), place, axis=1)
     if (lacking := k - best.shape[1]) > 0:
