@@ -86,7 +86,7 @@ RECIPES: dict[str, MaskedImageModel] = {
     "digits_enat_e1d5": _digits_masked(1, 5),
     "digits_nat_l6": _digits_masked(6, 0, disentangled=False),
     "digits_nat_l3": _digits_masked(3, 0, disentangled=False),
-    "digits_enat_captions": _captioned_digits(2000),
+    "digits_enat_captions": _captioned_digits(1500),
     "coco_enat_b": _captioned_coco(),
     "imagenet_enat_l": _imagenet_masked(enat.ENAT_L),
     "imagenet_nat_l": _imagenet_masked(dataclasses.replace(enat.ENAT_L, disentangled=False)),

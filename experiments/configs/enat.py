@@ -173,7 +173,7 @@ def _captions(config: ConfigDict) -> None:
     config.data.update(dataset="digit_scenes", size=32, split="test", label_field="labels")
     config.data.builder_options = ConfigDict({"grid": 2, "captions": True})
     config.captions = ConfigDict({"field": "caption", "choice": "first", "max_tokens": 128})
-    config.quality.update(num_images=676, num_real=676, batch_size=52)
+    config.quality.update(num_images=300, num_real=676, batch_size=50)
     config.claims = (
         claim("digits follow the caption, not chance", "accuracy",
               "ENAT", "ENAT", over_metric="other_caption", at_least=5.0),
