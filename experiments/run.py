@@ -44,6 +44,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
         image_generation,
         image_speculation,
         lexinvariance,
+        next_word,
         token_editing,
     )
 
@@ -53,6 +54,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
         "image_generation": image_generation.run,
         "image_speculation": image_speculation.run,
         "lexinvariance": lexinvariance.run,
+        "next_word": next_word.run,
         "token_editing": token_editing.run,
     }
 
