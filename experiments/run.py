@@ -32,7 +32,7 @@ _FRESH = flags.DEFINE_bool(
 # What a run leaves in its work directory, and all that --fresh removes.
 _OUTPUTS = (
     "config.json", "results.json", "report.html", "speed.png", "tensorboard", "metrics.jsonl",
-    "images.png",
+    "images.png", "n_shot", "variant",
 )  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
         lexinvariance,
         next_word,
         token_editing,
+        tokenizer_transfer,
     )
 
     return {
@@ -56,6 +57,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
         "lexinvariance": lexinvariance.run,
         "next_word": next_word.run,
         "token_editing": token_editing.run,
+        "tokenizer_transfer": tokenizer_transfer.run,
     }
 
 

@@ -90,7 +90,21 @@ def collect(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for one in found
         for run in one["runs"]
     ]
-    return {"settings": [one["name"] for one in found], "runs": runs}
+    scores = {one["name"]: one["scores"] for one in found if one.get("scores")}
+    return {"settings": [one["name"] for one in found], "runs": runs, "scores": scores}
+
+
+def score_charts(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
+    """Charts of what experiments score beside runs: setting -> score -> label -> number."""
+    charts = []
+    for score in dict.fromkeys(name for one in scores.values() for name in one):
+        mine = {setting: one[score] for setting, one in scores.items() if score in one}
+        series = []
+        for label in dict.fromkeys(label for one in mine.values() for label in one):
+            points = {setting: one[label] for setting, one in mine.items() if label in one}
+            series.append({"label": label, "x": list(points), "y": list(points.values())})
+        charts.append({"title": score, "x_label": "setting", "y_label": score, "series": series})
+    return charts
 
 
 def figures(collected: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -98,7 +112,7 @@ def figures(collected: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Where a method gives away quality for speed, charts of quality over cost come first.
     """
-    charts = trade_offs(collected["runs"])
+    charts = score_charts(collected.get("scores", {})) + trade_offs(collected["runs"])
     where = dict.fromkeys((r["temperature"], r["batch_size"]) for r in collected["runs"])
     for metric, title in _METRICS.items():
         for temperature, batch in where:
@@ -129,7 +143,7 @@ def trade_offs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     A method's points are joined in the order of its settings; one that is the same in every
     setting, as plain decoding is, is one point.
     """
-    if all(r["keeps_law"] for r in runs):
+    if all(r["keeps_law"] for r in runs):  # none decode, or all do so without loss
         return []
     quality = next(name for name in _QUALITY if all(name in r for r in runs))
     costs = {
@@ -172,7 +186,8 @@ def write(workdir: Path, collected: Mapping[str, Any]) -> Path:
     )
     drawn = [plots.svg(plots.lines(chart)) for chart in charts]
     results.write_text(workdir / "sweep.html", page.render(title=workdir.name, charts=drawn))
-    plots.write_png(plots.panels(charts), workdir / "sweep.png")
+    if charts:
+        plots.write_png(plots.panels(charts), workdir / "sweep.png")
     return workdir / "sweep.html"
 
 
@@ -218,6 +233,10 @@ def main(argv: list[str]) -> None:
             f"{r['tokens_per_target_call']:.2f} +- {r.get(_ERROR, 0):.2f} tokens/call  "
             f"{r['speedup']:.2f}x" + _quality(r)
         )
+    for setting, scores in collected["scores"].items():
+        for score, labels in scores.items():
+            told = "  ".join(f"{label} {value:.4g}" for label, value in labels.items())
+            print(f"{setting:<20} {score}: {told}")
     print(f"report: {workdir / 'sweep.html'}")
 
 

@@ -68,6 +68,19 @@ def with_hypernetwork(
     return with_tables(base, form, tables)
 
 
+def with_copies(base: BaseModel, swapped: BaseModel) -> BaseModel:
+    """A swapped model with the base's own rows for tokens that both vocabularies have.
+
+    What every heuristic does, and ZeTT does not: its hypernetwork predicts these rows too.
+    """
+    match = byte_level.overlap(base.form, swapped.form)
+    places = np.flatnonzero(match >= 0)
+    tables = token_tables.with_rows(
+        swapped.tables, base.tables, jnp.asarray(places), jnp.asarray(match[places])
+    )
+    return with_tables(base, swapped.form, tables)
+
+
 def with_heuristic(
     base: BaseModel,
     form: ByteLevel,
