@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -101,12 +101,10 @@ def bert_backbone(
     heads: int = 12,
     max_words: int = 512,
     vocab_size: int = len(SPECIALS),
+    positions: Literal["rope", "learned"] = "learned",
     causal: bool = False,
 ) -> TransformerConfig:
-    """The sizes of BERT-base by default, in blocks that normalise before rather than after.
-
-    A causal one has rotary positions, so that texts may grow beyond the rows of its training.
-    """
+    """The sizes of BERT-base by default, in blocks that normalise before rather than after."""
     return TransformerConfig(
         vocab_size=vocab_size,
         embed_dim=width,
@@ -123,7 +121,7 @@ def bert_backbone(
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        positions="rope" if causal else "learned",
+        positions=positions,
         tie_embeddings=True,
         causal=causal,
     )

@@ -34,7 +34,9 @@ def pieces() -> word_pieces.WordPieces:
 @functools.cache
 def model() -> tuple[ReaderConfig, Any]:
     """Random weights; logits are spread so that draws are not all alike."""
-    backbone = caw.bert_backbone(layers=1, width=D, heads=2, max_words=256, causal=True)
+    backbone = caw.bert_backbone(
+        layers=1, width=D, heads=2, max_words=256, positions="rope", causal=True
+    )
     head = HeadConfig(pieces().vocab_size, D, kind="autoregressive", num_slots=J, num_heads=2)
     config = ReaderConfig("words", backbone, WordEncoderConfig(C, 2), head)
     params = masked_words.reader(config).init(jax.random.key(0))

@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from models import subword_heads as heads
@@ -101,6 +103,35 @@ def test_memory_follows_words_slots_and_vocabulary(kind: str) -> None:
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(params, hidden, pieces, counts)
     sizes = [v.aval.size for eqn in jaxpr.jaxpr.eqns for v in eqn.outvars]
     assert max(sizes) <= max(n * J * 501, 501 * D)
+
+
+def test_only_the_autoregressive_head_keeps_two_words_apart() -> None:
+    """Of two words that are equally likely the parallel head makes two more, of their pieces."""
+    pieces = jnp.array([[1, 2, 0], [3, 1, 0]])
+    counts = jnp.array([2, 2])
+    hidden = jnp.ones((2, D))
+    ghosts = jnp.array([[1, 1, 0], [3, 2, 0]])
+    right = {}
+    for kind, config in CONFIGS.items():
+        optimizer = optax.adam(0.02)
+
+        def loss(params: Any, config: HeadConfig = config) -> jax.Array:
+            return -heads.log_prob(config, params, hidden, pieces, counts).mean()
+
+        @jax.jit
+        def step(carry: Any, _: Any, loss: Any = loss, optimizer: Any = optimizer) -> Any:
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        begin = (PARAMS[kind], optimizer.init(PARAMS[kind]))
+        params = jax.lax.scan(step, begin, None, length=300)[0][0]
+        right[kind] = np.exp(log_prob(config, params, hidden, pieces, counts))
+        if kind == "parallel":
+            np.testing.assert_allclose(right[kind], 0.25, atol=0.02)
+            wrong = np.exp(log_prob(config, params, hidden, ghosts, counts))
+            np.testing.assert_allclose(wrong, 0.25, atol=0.02)
+    np.testing.assert_allclose(right["autoregressive"], 0.5, atol=0.02)
 
 
 def test_bad_input() -> None:
