@@ -47,6 +47,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
         next_word,
         token_editing,
         tokenizer_transfer,
+        word_encoding,
     )
 
     return {
@@ -58,6 +59,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
         "next_word": next_word.run,
         "token_editing": token_editing.run,
         "tokenizer_transfer": tokenizer_transfer.run,
+        "word_encoding": word_encoding.run,
     }
 
 
