@@ -100,7 +100,8 @@ def _classify(
             logging.info("%s: fine-tuning %s", name, role)
             made = word_models.ensure_classifier(directories[role], task, sizes, cache_dir=cache)
             classifier = word_measures.load_classifier(made)
-            found = word_measures.by_split(classifier, task, sizes.batch_size)
+            batch_size = config.evaluation.batch_size
+            found = word_measures.by_split(classifier, task, batch_size, config.evaluation.texts)
             accuracies.setdefault(name, {})[role] = found
             if name in config.noise.tasks:
                 curves.setdefault(name, {})[role] = word_measures.noise_curve(
@@ -109,7 +110,7 @@ def _classify(
                     rates=config.noise.rates,
                     kinds=config.noise.kinds,
                     seed=config.seed,
-                    batch_size=sizes.batch_size,
+                    batch_size=batch_size,
                 )
     return accuracies, curves
 

@@ -81,15 +81,21 @@ def noise_curve(
     }
 
 
-def by_split(classifier: Classifier, task: Task, batch_size: int) -> dict[str, dict[str, float]]:
+def by_split(
+    classifier: Classifier, task: Task, batch_size: int, limit: int = 0
+) -> dict[str, dict[str, float]]:
     """Of every split but those of training: accuracy, the commonest label's share, how many texts,
-    and the share of sub-words that are single bytes."""
+    and the share of sub-words that are single bytes.
+
+    At most about `limit` texts of a split count, evenly spaced; 0 for all.
+    """
     single = classifier.pieces.table[1] == 1
     found = {}
     for split in task.texts:
         if split in ("train", "validation"):
             continue
-        texts, labels = task.texts[split], task.labels[split]
+        every = max(1, len(task.texts[split]) // limit) if limit else 1
+        texts, labels = task.texts[split][::every], task.labels[split][::every]
         ids = [
             i
             for text in texts

@@ -97,7 +97,8 @@ class Pretraining:
       vocab_size: V, of sub-words.
       layers, width, heads: of the backbone.
       positions: 'learned' as in BERT, or 'rope', with which causal models go beyond their rows.
-      encoder: options of `WordEncoderConfig` beside the width of words.
+      encoder: options of `WordEncoderConfig` beside the width of words; it has as many heads as the
+        backbone unless others are given.
       head: 'parallel' or 'autoregressive', of Byte2Word.
       head_layers: of the latter.
       rows: see `RowShape`.
@@ -275,7 +276,8 @@ def reader_config(chosen: Pretraining, pieces: WordPieces) -> ReaderConfig:
         causal=chosen.objective.kind == "causal",
     )
     try:
-        encoder = WordEncoderConfig(chosen.rows.width, chosen.heads, **chosen.encoder)
+        options = {"num_heads": chosen.heads, **chosen.encoder}
+        encoder = WordEncoderConfig(chosen.rows.width, **options)
     except TypeError as error:
         raise InputError(f"encoder: {error}") from None
     head = HeadConfig(

@@ -81,6 +81,8 @@ def get_config(preset: str = "") -> ConfigDict:
     )
     config.tasks = ConfigDict({"sst2": _glue("glue/sst2", "sentence", 2)})
     config.task_run = _run(6000, 32, 2e-5, warmup=600, every=500)
+    # Texts of a split that are measured at most, evenly spaced; 0 for all.
+    config.evaluation = ConfigDict({"batch_size": 128, "texts": 0})
     config.noise = ConfigDict(
         {
             "rates": (0.0, 0.1, 0.2, 0.3, 0.4),
@@ -156,7 +158,7 @@ def _offline(config: ConfigDict) -> None:
     config.run = _run(1200, 16, 2e-3, warmup=100, every=400)
     # Head A is a setting of the sweep; writing is shown, not measured, after this few steps.
     del config.models["byte2word A"]
-    config.models.causal.num_steps = 200
+    config.models.causal.num_steps = 100
     config.tasks = ConfigDict(
         {
             "section": _SECTION,
@@ -169,17 +171,22 @@ def _offline(config: ConfigDict) -> None:
     )
     config.task_run = _run(250, 32, 1e-3, warmup=25, every=250)
     config.noise.tasks = ("section",)
+    config.evaluation.texts = 500
 
 
 def sweep() -> list[dict[str, Any]]:
-    """How bytes become a vector, with and without positions; the head; the longest word."""
+    """How bytes become a vector, with and without positions; the head; the longest word.
+
+    Every setting is trained as the offline preset is; the first one is its model.
+    """
     settings: dict[str, dict[str, Any]] = {
         "one query": {},
+        "12 heads": {"encoder": {"num_heads": 12}},
+        "network": {"encoder": {"mlp_dim": 384}},
         "mean as query": {"encoder": {"pooling": "mean_query"}},
         "mean of bytes": {"encoder": {"pooling": "mean"}},
         "no positions": {"encoder": {"positions": False}},
         "four queries": {"encoder": {"num_queries": 4}},
-        "network": {"encoder": {"mlp_dim": 384}},
         "head A": {"head": "autoregressive"},
         "8 bytes": {"width": 9},
         "24 bytes": {"width": 25},
@@ -195,7 +202,6 @@ def sweep() -> list[dict[str, Any]]:
                 "classifiers": ("byte2word",),
                 "tasks": ConfigDict({"section": _SECTION}),
                 "rows.width": width,
-                "run.num_steps": 600,
                 "generation.role": "",
             }
         )
