@@ -40,6 +40,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
     """Kinds of experiment by the name that `config.experiment` gives."""
     from experiments import (
         comparison,
+        dynamic_tokenization,
         hierarchical,
         image_generation,
         image_speculation,
@@ -52,6 +53,7 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
 
     return {
         "comparison": comparison.run,
+        "dynamic_tokenization": dynamic_tokenization.run,
         "hierarchical": hierarchical.run,
         "image_generation": image_generation.run,
         "image_speculation": image_speculation.run,
