@@ -70,7 +70,7 @@ def word_by_word(
       valid_utf8: rule out bytes that would break a character, for models of bytes; words then end
         between characters. The law is the model's, renormalised.
       num_draft: E, units that are drafted at the end of each round from the row's own text, as
-        prompt lookup does, and verified by the next round's call; up to the end of the word. Texts
+        prompt lookup does, and verified by the next round's call; units of one word only. Texts
         are those of E = 0, token for token.
       max_ngram: longest suffix that is looked up for drafts.
     """
@@ -310,10 +310,13 @@ def _draft(
     num_draft: int,
     max_ngram: int,
 ) -> DraftTree:
-    """What followed the row's last units before, up to the end of the word: a chain."""
+    """What followed the row's last units before, in the same word: a chain.
+
+    The end of a word is not drafted: what comes after it is not the word decoder's to say alone.
+    """
     drafts, found = find_continuation(state.tokens, state.lengths, num_draft, max_ngram, 1)
     ended = (drafts == config.word_end) | (drafts == config.document_end)
-    within = jnp.cumsum(ended, axis=1) - ended == 0  # the end itself may be drafted
+    within = jnp.cumsum(ended, axis=1) == 0
     room = written[:, None] + jnp.arange(num_draft) < config.max_word
     return chain(pending_tokens(state), drafts, found & within & room)
 

@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if figures:
         plots.write_png(plots.panels(list(figures.values())), workdir / "charts.png")
     return {
-        "models": [{"role": name, **model.summary} for name, model in setting.models.items()],
+        "models": [parts.described(name, model) for name, model in setting.models.items()],
         "runs": [],
         "samples": [],
         "tables": tables,

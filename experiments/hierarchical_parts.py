@@ -146,6 +146,16 @@ def work(setting: Setting, model: Any, per_position: float) -> float:
     return compute.per_byte(model, bytes_per_position=per_position, context_bytes=context)
 
 
+def described(name: str, model: Trained) -> dict[str, Any]:
+    """A model as reports show it."""
+    return {
+        "role": name,
+        "source": model.directory.name,
+        "parameters": model.summary["num_params"],
+        **model.summary,
+    }
+
+
 def score(setting: Setting, model: Trained, passages: Sequence[Passage]) -> TextScores:
     """A model's measures on passages, words counted by the first model's rule."""
     rule, cap = setting.config.words.rule, setting.config.words.max_word

@@ -250,6 +250,23 @@ def test_drafts_inside_words_change_no_text(temperature):
         assert sum(total["accepted"]) > 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_drafts_change_no_text_that_repeats_its_words(temperature):
+    """Texts that run in circles: drafts are right, and words end within their reach."""
+    units, end = without_ends(POOLED), POOLED.word_end
+    rows = [[*units[:2], end] * 3 + [units[0]], [*units[1:3], end, units[1], end] * 2 + [units[1]]]
+    stop = stopping.StopConfig(40)
+    found = [
+        decode(build(temperature, POOLED, **options), rows, POOLED, stop)
+        for options in ({}, {"draft": "ngram", "num_draft": 2})
+    ]
+    assert ids_of(found[0]) == ids_of(found[1])
+    assert all(row.token_ids.count(end) > 8 for row in found[0])
+    total = generation.total_stats(found[1])
+    assert total["accepted"][0] > 5
+    assert total["target_calls"] == generation.total_stats(found[0])["target_calls"]
+
+
 def test_sampled_text_with_drafts_has_the_models_law():
     """Chi-square of two units after a prompt that drafts are found for, over 1024 rows."""
     units, end = without_ends(POOLED), POOLED.word_end
