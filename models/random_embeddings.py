@@ -133,7 +133,12 @@ def encode(
     if table.ndim == 2:
         vectors = table[tokens]
     else:
-        vectors = jnp.take_along_axis(table, tokens[:, :, None], axis=1)
+        # Random vectors have no gradient; that of fixed ones is a product rather than a scatter.
+        vectors = jax.vmap(lambda one, ids: one[ids])(jax.lax.stop_gradient(table), tokens)
+        if config.fixed_ids:
+            fixed = tokens[:, :, None] == jnp.array(config.fixed_ids)
+            learned = fixed.astype(vectors.dtype) @ params["fixed"]["embedding"]
+            vectors = jnp.where(fixed.any(axis=-1, keepdims=True), learned, vectors)
     vectors = vectors * params["input"]["scale"] + params["input"]["bias"]
     return vectors.astype(config.compute_dtype)
 

@@ -7,6 +7,7 @@ knows positions, so keys lie in a cache as they are.
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from models.config import RelativeBiasConfig
@@ -65,4 +66,6 @@ class RelativeBias(nn.Module):
             max_distance=config.relative_max_distance,
             causal=config.causal,
         )
-        return jnp.moveaxis(table.astype(jnp.float32)[index], (1, 2), (3, 4))
+        # A product rather than a gather, whose gradient would be a scatter.
+        chosen = jax.nn.one_hot(index, config.relative_buckets)
+        return jnp.einsum("btsr,rkg->bkgts", chosen, table.astype(jnp.float32))

@@ -91,7 +91,7 @@ def _markov(table: str, steps: int, **cipher: Any) -> LexinvariantModel:
         model=_model(2, 32, 2, context=64, table=table),
         optimizer=MuonConfig(learning_rate=1e-2, warmup_steps=100, weight_decay=0.01),
         num_steps=steps,
-        batch_size=64,
+        batch_size=32,
         sequence_length=32,
         log_every=100,
         eval_every=250,
@@ -108,11 +108,11 @@ _CODE = TextData("stdlib_code", train_split="train[:15%]")
 def _characters(data: TextData, table: str, **cipher: Any) -> LexinvariantModel:
     """A small model of characters, the same one for every table and cipher."""
     train = TrainConfig(
-        model=_model(2, 64, 2, context=512, table=table),
+        model=_model(2, 48, 2, context=512, table=table),
         optimizer=MuonConfig(learning_rate=5e-3, warmup_steps=100, weight_decay=0.01),
-        num_steps=1000,
+        num_steps=1500,
         batch_size=8,
-        sequence_length=256,
+        sequence_length=128,
         log_every=50,
         eval_every=500,
         checkpoint_every=250,
@@ -150,15 +150,17 @@ _PUBLISHED = {
 }
 
 RECIPES: dict[str, LexinvariantModel | ProbeModel] = {
-    "markov_lexinvariant": _markov("gaussian", 2500),
+    "markov_lexinvariant": _markov("gaussian", 1500),
     "markov_standard": _markov("learned", 500),
     **{
-        f"markov_semi_{percent:03d}": _markov("learned", 1000, permuted=percent / 100)
+        f"markov_semi_{percent:03d}": _markov("learned", 500, permuted=percent / 100)
         for percent in (0, 20, 50, 100)
     },
     "prose_lexinvariant": _characters(_PROSE, "gaussian"),
     "prose_standard": _characters(_PROSE, "learned"),
-    "prose_probe": ProbeModel("prose_lexinvariant", num_steps=400, batch_size=8),
+    "prose_probe": ProbeModel(
+        "prose_lexinvariant", num_steps=500, batch_size=8, sequence_length=128
+    ),
     "code_lexinvariant": _characters(_CODE, "gaussian"),
     "code_standard": _characters(_CODE, "learned"),
     "prose_semi_020": _characters(_PROSE, "learned", permuted=0.2),

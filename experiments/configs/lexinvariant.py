@@ -85,7 +85,8 @@ def get_config(preset: str = "") -> ConfigDict:
             text("prose", "prose_lexinvariant", "prose_standard", probe="prose_probe"),
             text("code", "code_lexinvariant", ""),
         )
-        config.context.update(rows=200, length=256, window=32, batch_size=25)
+        config.context.update(rows=200, length=128, window=32, batch_size=25)
+        config.probe.update(window=50, windows=5)
         config.tasks.update(examples=400, batch_size=100)
     return config
 
