@@ -48,7 +48,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         claims += found.claims
         print(_text(found.table), flush=True)
     if figures:
-        plots.write_png(plots.panels(list(figures.values())), workdir / "charts.png")
+        plots.write_png(
+            plots.panels(list(figures.values()), own_legends=True), workdir / "charts.png"
+        )
     return {
         "models": [parts.described(name, model) for name, model in setting.models.items()],
         "runs": [],
