@@ -140,22 +140,25 @@ def _offline(config: ConfigDict) -> None:
         directory="", target="2k BPE", shares=(0.0, 0.5), dataset="stdlib_docstrings", steps=60,
         rate=1e-3,
     )  # fmt: skip
-    config.unigramify.update(target="2k BPE", documents=40, max_words=800)
+    config.unigramify.update(target="2k BPE", documents=40, max_words=3000)
     config.encoder.update(base="code_encoder", targets=("2k BPE", "bytes"))
     config.measurements = ("targets", "identity", "variant", "unigramify", "encoder", "n-shot")
 
 
 def sweep() -> list[dict[str, Any]]:
     """For `:offline`: training without noise, without the identity stage, without the auxiliary
-    loss; all of the same length."""
+    loss; all equally long, and shorter than the main run."""
     inside = "hypernetwork.recipe"
     shared: dict[str, Any] = {
         "measurements": ("targets", "identity"),
         "heuristics": ("fvt",),
+        f"{inside}.training.identity_steps": 150,
+        f"{inside}.training.steps": 200,
+        f"{inside}.training.warmup_steps": 20,
     }
     return [
         {"name": "full", **shared},
-        {"name": "no noise", f"{inside}.sampler.noise": False, **shared},
-        {"name": "no identity stage", f"{inside}.training.identity_steps": 0, **shared},
-        {"name": "no auxiliary loss", f"{inside}.training.auxiliary_weight": 0.0, **shared},
+        {"name": "no identity stage", **shared, f"{inside}.training.identity_steps": 0},
+        {"name": "no auxiliary loss", **shared, f"{inside}.training.auxiliary_weight": 0.0},
+        {"name": "no noise", **shared, f"{inside}.sampler.noise": False},
     ]
