@@ -228,17 +228,20 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
         }
         for task, roles in found["noise"].items()
     }
+    # One legend for all charts: the same roles in the same order.
+    shown = next(iter(found["noise"].values()), {model["role"]: None for model in found["models"]})
+    by_role = {model["role"]: model for model in found["models"]}
     figures["pre-training"] = {
-        "title": "Held-out words",
+        "title": "Hidden words, held out",
         "x_label": "step",
         "y_label": "bits per byte",
         "series": [
             {
-                "label": model["role"],
-                "x": [point["step"] for point in model["evaluations"]],
-                "y": [point["eval_bits_per_byte"] for point in model["evaluations"]],
+                "label": role,
+                "x": [point["step"] for point in by_role[role]["evaluations"]],
+                "y": [point["eval_bits_per_byte"] for point in by_role[role]["evaluations"]],
             }
-            for model in found["models"]
+            for role in shown
         ],
     }
     return figures
