@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 # Systems with an offline reproduction.
 SYSTEMS := spectr rsd dyspec token_recycling aded bild \
-  learn2pd ete window_diffusion llada21 enat mulo_sd
+  learn2pd ete window_diffusion llada21 enat mulo_sd \
+  zett
 
 .PHONY: help setup demo test unit lint format reproduce benchmark clean
 
