@@ -105,7 +105,7 @@ def word_by_word(
 
     def step(params: ModelParams, state: DecodeState) -> tuple[WordState, Emission]:
         written = units_written(config, state)
-        tree = _draft(config, state, written, num_draft, max_ngram)
+        tree = draft(config, state, written, num_draft, max_ngram)
         inner, logits = call(config, params["target"], state, tree)
         if sampling.repetition_penalty != 1:
             logits = scoring.penalised_logits(
@@ -303,7 +303,7 @@ def _write_word(
     return out.hidden, out.cache
 
 
-def _draft(
+def draft(
     config: HierarchicalConfig,
     state: DecodeState,
     written: jnp.ndarray,

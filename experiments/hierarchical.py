@@ -132,7 +132,7 @@ def noise(setting: Setting) -> Found:
     ]
     chart = parts.chart(
         f"Contexts with noise ({options.curve_kind})", "share of characters",
-        "bits a byte added to clean words", series,
+        "share of bits added to clean words", series,
     )  # fmt: skip
     columns = tuple(f"{name} {field}" for field in ("bits added", "words lost") for name in names)
     table = parts.table("Noise in the context, relative to none", "noise", columns, values)

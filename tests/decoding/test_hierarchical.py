@@ -10,7 +10,7 @@ import scipy.stats
 
 from decoding import generation, methods, stopping
 from decoding.autoregressive import pending_tokens
-from decoding.hierarchical import call, units_written
+from decoding.hierarchical import call, draft, units_written
 from decoding.sampling import SamplingConfig
 from decoding.speculative.tree import chain
 from models import hierarchical, sharding, utf8
@@ -248,6 +248,21 @@ def test_drafts_inside_words_change_no_text(temperature):
     if temperature == 0:
         assert total["decoder_calls"] < one_by_one["decoder_calls"]
         assert sum(total["accepted"]) > 0
+
+
+def test_drafts_end_before_their_word_does():
+    """What follows an end of a word is not in the word decoder's sight, so it is not drafted."""
+    end = POOLED.word_end
+    rows = [[0, 1, end, 0, 1, end, 0], [0, 1, 2, end, 3, 0], [2, end, 0, end, 2]]
+    method = build(config=POOLED, draft="ngram", num_draft=3)
+    state, _ = generation.begin({"target": params(POOLED)}, rows, method, STOP, buffer=32)
+    tree = draft(POOLED, state, units_written(POOLED, state), 3, 4)
+    assert tree.tokens[:, 0].tolist() == [0, 0, 2]
+    assert tree.tokens[:2, 1:].tolist() == [[1, end, 0], [1, 2, end]]
+    # The second row's word has two units of at most three: one more fits.
+    assert tree.valid.tolist() == [
+        [True, True, False, False], [True, True, False, False], [True, False, False, False]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
