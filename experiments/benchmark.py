@@ -3,6 +3,7 @@
     python -m experiments.benchmark --suite=baseline --workdir=runs/benchmark
     python -m experiments.benchmark --suite=trees --workdir=runs/trees
     python -m experiments.benchmark --suite=diffusion --workdir=runs/diffusion
+    python -m experiments.benchmark --suite=tokens --workdir=runs/tokens
 
 Prints a Markdown table and records `results.json` in the work directory.
 """
@@ -17,7 +18,7 @@ from models.errors import InputError, check_choice
 
 FLAGS = flags.FlagValues()
 _SUITE = flags.DEFINE_string(
-    "suite", "baseline", "Which suite: baseline, trees or diffusion.", flag_values=FLAGS
+    "suite", "baseline", "Which suite: baseline, trees, diffusion or tokens.", flag_values=FLAGS
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where to record results.json; default nowhere.", flag_values=FLAGS
@@ -54,7 +55,7 @@ _REPEATS = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
-    check_choice("suite", _SUITE.value, ("baseline", "trees", "diffusion"))
+    check_choice("suite", _SUITE.value, ("baseline", "trees", "diffusion", "tokens"))
     if _REPEATS.value < 1:
         raise InputError(f"repeats: {_REPEATS.value} must be at least 1")
     from experiments import results
@@ -67,6 +68,9 @@ def main(argv: list[str]) -> None:
     found = results.header("benchmark", {"suite": _SUITE.value, "flags": FLAGS.flag_values_dict()})
     if _SUITE.value == "trees":
         measured, table = _trees()
+        found |= measured
+    elif _SUITE.value == "tokens":
+        measured, table = _tokens()
         found |= measured
     elif _SUITE.value == "diffusion":
         measured, table = _diffusion()
@@ -91,6 +95,19 @@ def _diffusion() -> tuple[dict[str, Any], str]:
         chart = plots.panels(diffusion.charts(records), columns=3)
         plots.write_png(chart, Path(_WORKDIR.value) / "diffusion.png")
     return {"runs": records}, diffusion.table(records)
+
+
+def _tokens() -> tuple[dict[str, Any], str]:
+    """The tokens suite and its tables."""
+    from experiments import plots
+    from experiments.benchmarks import tokens
+
+    measured = tokens.run(_REPEATS.value)
+    if _WORKDIR.value:
+        Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
+        chart = plots.panels(tokens.charts(measured), columns=2, own_legends=True)
+        plots.write_png(chart, Path(_WORKDIR.value) / "tokens.png")
+    return measured, tokens.table(measured)
 
 
 def _trees() -> tuple[dict[str, Any], str]:

@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         tables.append(found.table)
         figures |= found.figures
         claims += found.claims
-        print(_text(found.table), flush=True)
+        print(text(found.table), flush=True)
     if figures:
         plots.write_png(
             plots.panels(list(figures.values()), own_legends=True), workdir / "charts.png"
@@ -240,8 +240,6 @@ def adapt(setting: Setting) -> Found:
 def generate(setting: Setting) -> Found:
     """Calls and time of continuations: words, words with drafts inside them, tokens."""
     options = setting.config.generation
-    backend = text_models.tokenizer_of(setting.tokenizer)
-    prompts = [p.context for p in setting.passages[: options.prompts]]
     lines = [
         (WORDS, WORDS, "hat", {}),
         ("HAT with drafts", WORDS, "hat", {"draft": "ngram", "num_draft": options.num_draft}),
@@ -250,29 +248,7 @@ def generate(setting: Setting) -> Found:
     values: dict[str, dict[str, float]] = {}
     texts: dict[str, list[list[int]]] = {}
     for label, role, name, extra in lines:
-        model = setting.models[role]
-        method = methods.build(name, {"target": model.config}, SamplingConfig(), extra)
-        if isinstance(model.config, HierarchicalConfig):
-            tokenizer: Any = WordTokenizer(model.config)
-            ids = [tokenizer.encode(text) for text in prompts]
-        else:
-            tokenizer = backend
-            ids = [backend.encode(text).ids for text in prompts]
-        stop = stopping.StopConfig(options.new_tokens)  # no end of text: all write as much
-        seconds = []
-        for _ in range(options.repeats + 1):
-            begin = time.perf_counter()
-            rows = generation.generate({"target": model.params}, ids, method, stop)
-            seconds.append(time.perf_counter() - begin)
-        total = generation.total_stats(rows)
-        written = sum(len(tokenizer.decode(row.token_ids).encode()) for row in rows)
-        texts[label] = [row.token_ids for row in rows]
-        small = total.get("decoder_calls", 0)
-        values[label] = {
-            "backbone calls a byte": total["target_calls"] / written,
-            "decoder calls a byte": small / written,
-            "bytes a second": written / float(np.median(seconds[1:])),
-        }
+        values[label], texts[label] = continuations(setting, setting.models[role], name, extra)
     same = texts[WORDS] == texts["HAT with drafts"]
     claims = [
         results.at_least("drafts inside words change no text", float(same), 1.0),
@@ -289,6 +265,44 @@ def generate(setting: Setting) -> Found:
     return Found(values, parts.table("Continuations", "method", columns, values), {}, claims)
 
 
+def continuations(
+    setting: Setting, model: parts.Trained, method: str, options: Mapping[str, Any] | None = None
+) -> tuple[dict[str, float], list[list[int]]]:
+    """Calls and time of writing on from the passages' contexts, at temperature 0.
+
+    Args:
+      setting: its `config.generation` says how many prompts, tokens and repeats.
+      model: of words, or of the tokens of `setting.tokenizer`.
+      method: by name, with `options`.
+
+    Returns:
+      Measures by name, and the ids of each row.
+    """
+    sizes = setting.config.generation
+    prompts = [p.context for p in setting.passages[: sizes.prompts]]
+    built = methods.build(method, {"target": model.config}, SamplingConfig(), options)
+    if isinstance(model.config, HierarchicalConfig):
+        tokenizer: Any = WordTokenizer(model.config)
+        ids = [tokenizer.encode(text) for text in prompts]
+    else:
+        tokenizer = text_models.tokenizer_of(setting.tokenizer)
+        ids = [tokenizer.encode(text).ids for text in prompts]
+    stop = stopping.StopConfig(sizes.new_tokens)  # no end of text: all write as much
+    seconds = []
+    for _ in range(sizes.repeats + 1):
+        begin = time.perf_counter()
+        rows = generation.generate({"target": model.params}, ids, built, stop)
+        seconds.append(time.perf_counter() - begin)
+    total = generation.total_stats(rows)
+    written = sum(len(tokenizer.decode(row.token_ids).encode()) for row in rows)
+    measured = {
+        "backbone calls a byte": total["target_calls"] / written,
+        "decoder calls a byte": total.get("decoder_calls", 0) / written,
+        "bytes a second": written / float(np.median(seconds[1:])),
+    }
+    return measured, [row.token_ids for row in rows]
+
+
 MEASUREMENTS = {
     "compare": compare,
     "noise": noise,
@@ -298,7 +312,7 @@ MEASUREMENTS = {
 }
 
 
-def _text(table: Mapping[str, Any]) -> str:
+def text(table: Mapping[str, Any]) -> str:
     """A table as Markdown."""
     lines = [table["columns"], ["---"] * len(table["columns"])]
     lines += [

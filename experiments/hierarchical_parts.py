@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
 from ml_collections import ConfigDict
 
 from experiments import results
@@ -56,21 +57,21 @@ class Found(NamedTuple):
 def prepare(config: ConfigDict) -> Setting:
     """Texts, tokeniser, trained models and the passages that they are measured on."""
     cache = files.cache_root()
-    texts, identity = _texts(config.data, cache)
+    found, identity = texts(config.data, cache)
     tokenizer = text_models.ensure_tokenizer(
-        texts["train"], config.tokens.vocab_size, identity, cache
+        found["train"], config.tokens.vocab_size, identity, cache
     )
     rule, cap = config.words.rule, config.words.max_word
     passages = text_scores.passages_of(
-        texts["test"], rule=rule, max_word=cap, num_words=config.passages.words,
+        found["test"], rule=rule, max_word=cap, num_words=config.passages.words,
         limit=config.passages.count, context=config.passages.context,
     )  # fmt: skip
-    setting = Setting(config, cache, texts, identity, tokenizer, {}, passages)
+    setting = Setting(config, cache, found, identity, tokenizer, {}, passages)
     first = architecture(config, {})
-    models = {WORDS: _train(setting, "hat", first)}
+    models = {WORDS: train(setting, "hat", first)}
     for name, changes in config.variants.items():
-        models[name] = _train(setting, f"hat_{_slug(name)}", architecture(config, changes))
-    models[TOKENS] = _train(setting, "hat_bpe", matched_tokens(setting, first))
+        models[name] = train(setting, f"hat_{_slug(name)}", architecture(config, changes))
+    models[TOKENS] = train(setting, "hat_bpe", matched_tokens(setting, first))
     return setting._replace(models=models)
 
 
@@ -78,7 +79,8 @@ def _slug(name: str) -> str:
     return name.lower().replace(" ", "_")
 
 
-def _texts(data: ConfigDict, cache: Path) -> tuple[dict[str, list[str]], str]:
+def texts(data: ConfigDict, cache: Path) -> tuple[dict[str, list[str]], str]:
+    """Documents by split, and what names them."""
     options = data.builder_options.to_dict()
     found: dict[str, list[str]] = {}
     identity = ""
@@ -100,7 +102,8 @@ def recipe(setting: Setting, model: Any, **more: Any) -> TextModel:
     return TextModel(**{"model": model, "optimizer": optimizer, **options, **more})
 
 
-def _train(setting: Setting, name: str, model: Any) -> Trained:
+def train(setting: Setting, name: str, model: Any) -> Trained:
+    """A model of an architecture by the config's recipe, trained if no run has done so."""
     is_tokens = isinstance(model, TransformerConfig)
     directory = text_models.ensure(
         name,
@@ -125,19 +128,24 @@ def matched_tokens(setting: Setting, model: HierarchicalConfig) -> TransformerCo
 
     Width and layers are the config's; the feed-forward width is what makes the work equal.
     """
-    options, texts = setting.config.tokens, setting.texts["train"]
+    train_texts = setting.texts["train"]
     backend = text_models.tokenizer_of(setting.tokenizer)
+    base = flat(setting.config.tokens, backend)
+    goal = work(setting, model, text_models.bytes_per_position(model, None, train_texts))
+    size = text_models.bytes_per_position(base, backend, train_texts)
+    choices = [base.replace(mlp_dim=mlp) for mlp in range(8, 16 * base.embed_dim, 8)]
+    return min(choices, key=lambda choice: abs(work(setting, choice, size) - goal))
+
+
+def flat(options: ConfigDict, backend: tokenizers.Tokenizer) -> TransformerConfig:
+    """A model of a tokeniser's tokens, of the config's width and layers, narrow inside."""
     width, head = options.width, options.head_dim
-    base = TransformerConfig(
+    return TransformerConfig(
         vocab_size=backend.get_vocab_size(), embed_dim=width, num_layers=options.layers,
         num_heads=width // head, num_kv_heads=width // head, head_dim=head, mlp_dim=8,
         max_position=4096, tie_embeddings=True,
         eos_token_ids=(text_models.end_of_text(backend),),
     )  # fmt: skip
-    goal = work(setting, model, text_models.bytes_per_position(model, None, texts))
-    size = text_models.bytes_per_position(base, backend, texts)
-    choices = [base.replace(mlp_dim=mlp) for mlp in range(8, 16 * width, 8)]
-    return min(choices, key=lambda choice: abs(work(setting, choice, size) - goal))
 
 
 def work(setting: Setting, model: Any, per_position: float) -> float:
