@@ -39,7 +39,7 @@ def test_merging_is_counted_and_timed(tokenizers):
 
 
 def test_tables_and_charts_show_every_model():
-    row = {name: 1.0 for name in tokens._COLUMNS}
+    row = dict.fromkeys(tokens._COLUMNS, 1.0)
     found = {
         "models": {tokens.BYTES: row, tokens.WORDS: row | {"bits_per_byte": 2.5}},
         "merging": {"tokens": 5.0},
