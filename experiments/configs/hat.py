@@ -7,6 +7,7 @@ The default preset has the published sizes of the 1B models and a baseline of 64
 work a byte, for text files of your own; the optimiser is ours where the paper's is not known. The
 `:offline` preset is a model of a few hundred thousand parameters on docstrings of the standard
 library: minutes on one core, and far too small to say anything about the published scale.
+`:longer` trains HAT and the baseline alone for more than twice as long.
 """
 
 from typing import Any
@@ -67,8 +68,12 @@ def get_config(preset: str = "") -> ConfigDict:
     config.adaptation = ConfigDict({"locales": ("ru", "uk", "bg", "el"), "names": 24})
     config.adaptation.training = ConfigDict({"num_steps": 2000, "eval_every": 200})
     config.generation = ConfigDict({"prompts": 8, "new_tokens": 256, "num_draft": 4, "repeats": 3})
-    if preset == "offline":
+    if preset in ("offline", "longer"):
         _offline(config)
+    if preset == "longer":
+        config.training.num_steps = 700
+        config.variants = ConfigDict()
+        config.measurements = ("compare", "noise")
     return config
 
 
