@@ -77,6 +77,8 @@ class Reader(NamedTuple):
 class ReaderConfig:
     """A reader as data, for files and recipes.
 
+    On a mesh readers lie on the data axis alone: tables of five and of V + 1 rows do not divide.
+
     Attributes:
       reads: 'words' (Byte2Word) or 'subwords' (the baseline).
       backbone: over these.

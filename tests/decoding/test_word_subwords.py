@@ -12,7 +12,7 @@ import pytest
 from decoding import generation, methods, randomness, stopping, word_subwords
 from decoding.sampling import SamplingConfig, draw
 from models import cross_attention_words as caw
-from models import masked_words, spaced_words, subword_heads, word_pieces, words
+from models import masked_words, sharding, spaced_words, subword_heads, word_pieces, words
 from models.cross_attention_words import WordEncoderConfig
 from models.errors import InputError
 from models.masked_words import ReaderConfig
@@ -162,6 +162,15 @@ def test_a_row_alone_is_the_same() -> None:
         {"target": params}, streams(PROMPTS[2:3]), method, STOP, seed=3, row_ids=[2]
     )
     assert alone[0].token_ids == decoded("sampled")[2].token_ids
+
+
+def test_rows_over_devices_are_the_same() -> None:
+    config, params = model()
+    mesh = sharding.make_mesh(2)
+    placed = jax.device_put(params, sharding.tree_shardings(params, mesh))
+    method = word_subwords.word_by_word(config, SAMPLING["sampled"])
+    rows = generation.generate({"target": placed}, streams(), method, STOP, seed=3, mesh=mesh)
+    assert [row.token_ids for row in rows] == [row.token_ids for row in decoded("sampled")]
 
 
 def test_a_slot_a_word() -> None:
