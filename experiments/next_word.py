@@ -274,7 +274,8 @@ def claims_of(
             text += f" against {entry.times:g} times that of {entry.over}"
         else:
             bound = entry.at_most if below else entry.at_least
-        held = measured <= bound if below else measured >= bound
+        # Nothing is at least four times nothing, but that shows nothing.
+        held = measured <= bound if below else measured >= bound and measured > 0
         sign = "<=" if below else ">="
         found.append(results.Claim(text, float(measured), f"{sign} {bound:.4g}", bool(held)))
     return found

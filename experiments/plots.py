@@ -227,7 +227,8 @@ def panels(
             axis.legend(fontsize=7)
         return figure
     named = dict(zip(*places[0].get_legend_handles_labels()[::-1], strict=True))
-    most = min(len(named), 3 * columns)
+    across = 3 if max(map(len, named)) < 24 else 2  # labels a panel's width holds
+    most = min(len(named), across * columns)
     figure.legend(named.values(), named, loc="outside lower center", ncols=most)
     return figure
 

@@ -117,7 +117,7 @@ def _offline(config: ConfigDict) -> None:
     models.word.vocab_size = 1000
     models["eByte, p=4"] = ConfigDict({"units": "byte", "sizes": {"num_prefix": 4}})
     config.models = models
-    config.examples.update(sizes=(100, 150, 200, 500), context_words=29, room_words=100)
+    config.examples.update(sizes=(100, 100, 100, 300), context_words=29, room_words=100)
     config.claims = _claims()
 
 
