@@ -139,7 +139,7 @@ def _claims() -> tuple[ConfigDict, ...]:
         claim("baselines gain by positions", byte_units, accuracy, bare),
         claim("baselines gain by equal bytes", byte, accuracy, byte_units),
         claim("p = 4 is as good as p = 1", "eByte, p=4", accuracy, "eByte"),
-        claim("units are nearer than words: p = 1", "eByte", "unit accuracy", byte),
+        claim("as many right units as bytes", "eByte", "unit accuracy", byte),
         claim("equal parameters", "eByte", "parameters", byte, times=0.95),
         claim("equal parameters, other side", "eByte", "parameters", byte, times=1.05, at_most=1),
         claim("fewer positions", "eByte", "positions", byte, at_most=1),
