@@ -16,6 +16,7 @@ from training import (
     fitting,
     hypernetwork_losses,
     tokenizer_sampling,
+    tokenizer_transfer,
 )
 from training import hypernetwork as training
 from training import tokenizers as tokenizer_training
@@ -101,6 +102,17 @@ def test_the_first_stage_learns_the_rows_and_nothing_of_the_model_changes(tmp_pa
     fresh = training.start(config, base(), 5)
     plain = hypernetwork.predict(config, fresh, base().source, ids[:, None])
     assert cosine > 0.9 > hypernetwork_losses.cosine(plain, wanted) + 0.4
+    # The source tokeniser through the hypernetwork: the model's loss within 10%.
+    form = base().form
+    swapped = tokenizer_transfer.with_hypernetwork(base(), form, config, params)
+    batch = in_own_tokens()
+    means = []
+    for model in (base(), swapped):
+        nats, weights = hypernetwork_losses.token_nats(
+            model.config, model.params, model.tables, batch, jax.random.key(0)
+        )
+        means.append(float((nats * weights).sum() / weights.sum()))
+    assert means[1] == pytest.approx(means[0], rel=0.1)
     # Frozen scalers are those of the start, the others moved.
     for name, value in fresh.items():
         same = jax.tree.map(lambda a, b: bool((a == b).all()), value, params[name])
@@ -200,24 +212,27 @@ def test_masked_models_are_asked_for_hidden_tokens_only():
     np.testing.assert_allclose(nats[:, :12], again[:, :12], atol=1e-5)  # padding is not seen
 
 
-def test_the_source_tokeniser_itself_loses_nothing_with_its_own_rows():
-    """Section 6.4's swap with exact rows: the loss is the language model's."""
+def in_own_tokens():
+    """A batch in the model's own tokeniser."""
     form = base().form
-    surfaces = byte_level.surfaces(form, form.tokens, pad_id=0, max_length=3).ids
     drawn = tokenizer_sampling.Drawn(form, 0.0, form.vocab_size)
     layout = Layout(form, 16, 0, 3, True, END)
     config = dataclasses.replace(SAMPLER, vocab_max=form.vocab_size, vocab_min=280)
     texts = [d["text"] for d in documents()[:4]]
     batch = tokenizer_sampling.encode(drawn, texts, layout, config)
-    np.testing.assert_array_equal(batch["surfaces"][2:, 0], surfaces[2:, 0])
-    np.testing.assert_array_equal(batch["surfaces"][2:, 0], np.arange(2, form.vocab_size))
-    ready = jax.tree.map(jnp.asarray, batch)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def test_the_source_tokeniser_itself_loses_nothing_with_its_own_rows():
+    """Section 6.4's swap with exact rows: the loss is the language model's."""
+    size, batch = base().form.vocab_size, in_own_tokens()
+    np.testing.assert_array_equal(batch["surfaces"][2:, 0], np.arange(2, size))
     nats, _ = hypernetwork_losses.token_nats(
-        base().config, base().params, base().tables, ready, jax.random.key(0)
+        base().config, base().params, base().tables, batch, jax.random.key(0)
     )
-    logits = transformer.apply(base().config, base().params, ready["tokens"]).logits
+    logits = transformer.apply(base().config, base().params, batch["tokens"]).logits
     law = jax.nn.log_softmax(logits)
-    expected = -jnp.take_along_axis(law, ready["targets"][..., None], 2)[..., 0]
+    expected = -jnp.take_along_axis(law, batch["targets"][..., None], 2)[..., 0]
     np.testing.assert_allclose(nats, expected, atol=1e-4)
 
 
