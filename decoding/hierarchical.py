@@ -393,5 +393,5 @@ SPEC = MethodSpec(
         "max_ngram": Option(4, "longest suffix of the text that is looked up", minimum=1),
     },
     _build,
-    hierarchical=True,
+    architecture=HierarchicalConfig,
 )

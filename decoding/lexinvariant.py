@@ -104,5 +104,5 @@ SPEC = MethodSpec(
     ("target",),
     {},
     lambda configs, sampling, options: lexinvariant(configs["target"], sampling),
-    own_tables=True,
+    architecture=LexinvariantConfig,
 )

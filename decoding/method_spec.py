@@ -6,10 +6,28 @@ from typing import Any
 
 from decoding.loop import Method
 from decoding.sampling import SamplingConfig
+from models.config import TransformerConfig
 from models.errors import InputError, check_choice
+from models.hierarchical import HierarchicalConfig
+from models.masked_words import ReaderConfig
+from models.random_embeddings import LexinvariantConfig
 
 # By role: `TransformerConfig`s, or the `HierarchicalConfig` of a hierarchical method.
 Configs = Mapping[str, Any]
+
+
+# Architectures that are not a Transformer of tokens, each with methods of its own.
+ARCHITECTURES: dict[type, str] = {
+    HierarchicalConfig: "models of words",
+    ReaderConfig: "models that read words from bytes",
+    LexinvariantConfig: "models that are given their token table (lexinvariant)",
+    TransformerConfig: "models of tokens",
+}
+
+
+def architecture_of(config: Any) -> type:
+    """The class of `ARCHITECTURES` that a config is of."""
+    return next(kind for kind in ARCHITECTURES if isinstance(config, kind))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +62,8 @@ class MethodSpec:
         to right and needs causal ones.
       parts: its own trained parts, by the role that their parameters are given under.
       parts_with: (option, value) with which alone it needs its parts; None if it always does.
-      hierarchical: whether its target is a model of words (`models.hierarchical`).
-      reads_words: whether its target reads words from bytes (`models.masked_words`).
-      own_tables: whether its target is given its token table (`models.random_embeddings`).
+      architecture: class of its models' configs: a `TransformerConfig` of tokens, or one of
+        `ARCHITECTURES`.
     """
 
     summary: str
@@ -57,9 +74,7 @@ class MethodSpec:
     bidirectional: bool = False
     parts: tuple[str, ...] = ()
     parts_with: tuple[str, str] | None = None
-    hierarchical: bool = False
-    reads_words: bool = False
-    own_tables: bool = False
+    architecture: type = TransformerConfig
 
     def trained_parts(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """Parts it needs with these option values, as `parse_options` returns them."""

@@ -7,7 +7,13 @@ from decoding import hierarchical, lexical_units, lexinvariant, skip_decode, wor
 from decoding.autoregressive import autoregressive
 from decoding.dynamic_vocabulary import ann_vocabulary
 from decoding.loop import Method
-from decoding.method_spec import Configs, MethodSpec, parse_value
+from decoding.method_spec import (
+    ARCHITECTURES,
+    Configs,
+    MethodSpec,
+    architecture_of,
+    parse_value,
+)
 from decoding.sampling import SamplingConfig
 from decoding.speculative import (
     aded,
@@ -21,9 +27,6 @@ from decoding.speculative import (
 )
 from decoding.unmasking import ete, learn2pd, llada, llada21, window_diffusion
 from models.errors import InputError, check_choice, nearest
-from models.hierarchical import HierarchicalConfig
-from models.masked_words import ReaderConfig
-from models.random_embeddings import LexinvariantConfig
 
 METHODS: dict[str, MethodSpec] = {
     "autoregressive": MethodSpec(
@@ -105,24 +108,10 @@ def build(
     for role in method.roles_with(parsed):
         if role not in configs:
             raise InputError(f"method {name} needs a {role} model; given: {', '.join(configs)}")
-        if isinstance(configs[role], HierarchicalConfig) is not method.hierarchical:
-            kinds = ("tokens", "words")
+        if (found := architecture_of(configs[role])) is not method.architecture:
             raise InputError(
-                f"method {name}: the {role} model ({configs[role].family}) is one of "
-                f"{kinds[not method.hierarchical]}; allowed: models of "
-                f"{kinds[method.hierarchical]}"
-            )
-        if isinstance(configs[role], ReaderConfig) is not method.reads_words:
-            negation = "" if method.reads_words else "not "
-            raise InputError(
-                f"method {name}: the {role} model is a {configs[role].family}; it must "
-                f"{negation}be one that reads words from bytes"
-            )
-        if isinstance(configs[role], LexinvariantConfig) is not method.own_tables:
-            negation = "" if method.own_tables else "not "
-            raise InputError(
-                f"method {name}: the {role} model is a {configs[role].family}; it must "
-                f"{negation}be one that is given its token table (lexinvariant)"
+                f"method {name}: the {role} model ({configs[role].family}) is one of the "
+                f"{ARCHITECTURES[found]}; allowed: {ARCHITECTURES[method.architecture]}"
             )
         if configs[role].causal is method.bidirectional:
             does = "fills masks" if method.bidirectional else "writes from left to right"

@@ -246,5 +246,5 @@ SPEC = MethodSpec(
     ("target",),
     {},
     _build,
-    reads_words=True,
+    architecture=ReaderConfig,
 )

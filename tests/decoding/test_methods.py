@@ -15,15 +15,20 @@ def fails(message: str):
     return pytest.raises(InputError, match=f"^{re.escape(message)}$")
 
 
+# What defaults do not suit the tiny target.
+NEEDED = {"kangaroo": {"exit_layer": 1}, "lud": {"pad_id": 1}}
+
+
 def test_every_method_builds_with_its_defaults_and_once():
     for name, spec in methods.METHODS.items():
+        needed = NEEDED.get(name, {})
         for temperature in (0.0, 1.0):
-            method = tiny.build(name, temperature)
+            method = tiny.build(name, temperature, **needed)
             assert isinstance(method, Method)
             assert method.name == name
             assert method.roles == (*spec.roles, *spec.parts)
             # The same method is the same object, so that nothing is compiled twice.
-            assert tiny.build(name, temperature) is method
+            assert tiny.build(name, temperature, **needed) is method
         assert spec.summary
         assert "\n" not in spec.summary
         for option in spec.options.values():

@@ -18,8 +18,11 @@ from decoding.speculative.drafting import Draft, Drafter, nothing, observe_nothi
 from decoding.speculative.tree import DraftTree
 from models import transformer
 from models.config import TransformerConfig
+from models.hierarchical import HierarchicalConfig
+from models.masked_words import ReaderConfig
 from models.random_embeddings import LexinvariantConfig
 from tests.models import random_models, tiny_hierarchical
+from tests.training import tiny_words
 
 TARGET = TransformerConfig(
     vocab_size=64,
@@ -98,13 +101,14 @@ PROMPTS = prompts()
 
 
 def build(name: str, temperature: float = 0.0, /, **options: Any) -> loop.Method:
-    """A method on the tiny pair, or on MASKED; see also `decode`."""
+    """A method on the tiny pair, or on the model that it is for; see also `decode`."""
     spec = methods.spec(name)
     configs: Mapping[str, Any] = {"target": MASKED} if spec.bidirectional else CONFIGS
-    if spec.hierarchical:
-        configs = {"target": tiny_hierarchical.HAT}
-    if spec.own_tables:
-        configs = {"target": LEXINVARIANT}
+    configs = {
+        HierarchicalConfig: {"target": tiny_hierarchical.HAT},
+        LexinvariantConfig: {"target": LEXINVARIANT},
+        ReaderConfig: {"target": tiny_words.config("words", True, "autoregressive")},
+    }.get(spec.architecture, configs)
     return methods.build(name, configs, SamplingConfig(temperature=temperature), options)
 
 

@@ -63,7 +63,7 @@ def test_what_is_streamed_is_the_text(checkpoint, capsys):
 
 
 def test_other_methods_name_what_they_need(checkpoint, capsys):
-    with pytest.raises(InputError, match="is one of words; allowed: models of tokens"):
+    with pytest.raises(InputError, match="models of words; allowed: models of tokens"):
         run(checkpoint, capsys, "--prompt=a", method="autoregressive")
     with pytest.raises(InputError, match="prompt 0: token id 256 is out of range"):
         run(checkpoint, capsys, "--prompt_ids=256")
