@@ -5,7 +5,10 @@ import importlib
 import numpy as np
 import pytest
 
-from experiments import cipher_keys, lexinvariant_measures, run, symbol_tasks
+from decoding import methods
+from decoding.sampling import SamplingConfig
+from experiments import cipher_keys, lexinvariant_measures, loading, run, symbol_tasks
+from models.errors import InputError
 from models.random_embeddings import LexinvariantConfig
 
 LETTERS = (0, 1, 2)
@@ -87,3 +90,11 @@ def test_the_config_runs_end_to_end(tmp_path, monkeypatch):
     by_role = {model["role"] for model in found["models"]}
     assert {"prose, lexinvariant", "prose, standard", "language, lexinvariant"} <= by_role
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    # What was saved is opened as any checkpoint is, with its tokeniser.
+    (directory,) = (tmp_path / "cache" / "models").glob("prose_lexinvariant-*")
+    (model,) = loading.load_configs("lexinvariant", {"target": str(directory)}).values()
+    loaded, params = loading.load_model(str(directory))
+    assert loaded == model and "embedder" not in params
+    assert loading.load_tokenizer(str(directory), model).encode("Ab") == [2, 3]
+    with pytest.raises(InputError, match="method autoregressive: the target model is a lexinv"):
+        methods.build("autoregressive", {"target": model}, SamplingConfig())

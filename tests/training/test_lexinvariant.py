@@ -251,9 +251,11 @@ class _Ends:
 
 
 def test_adafactor_takes_the_parameters_and_lowers_the_loss():
-    config = config_for(MODEL, optimizer=AdafactorConfig(learning_rate=0.01, warmup_steps=0))
-    found = _trajectory(config, functools.partial(lexinvariant.loss_fn, config, Cipher()), 5)
-    assert np.isfinite(found).all() and found[-1] < found[0]
+    optimizer = AdafactorConfig(learning_rate=0.1, warmup_steps=0, final_fraction=1.0)
+    config = config_for(MODEL, optimizer=optimizer, num_steps=32)
+    found = _trajectory(config, functools.partial(lexinvariant.loss_fn, config, Cipher()), 32)
+    assert np.isfinite(found).all()
+    assert np.mean(found[24:]) < np.mean(found[:8])  # the same 64 rows, in batches of eight
 
 
 def test_what_cannot_be_is_refused(tmp_path):
