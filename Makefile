@@ -51,6 +51,7 @@ reproduce: $(STAMP)
 	done
 	$(BIN)/python -m experiments.benchmark --suite=trees --workdir=runs/reproduce/trees
 	$(BIN)/python -m experiments.benchmark --suite=diffusion --workdir=runs/reproduce/diffusion
+	$(BIN)/python -m experiments.benchmark --suite=tokens --workdir=runs/reproduce/tokens
 	$(BIN)/python -m experiments.benchmark --suite=baseline --workdir=runs/reproduce/benchmark
 
 benchmark: $(STAMP)
