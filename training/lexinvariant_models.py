@@ -94,7 +94,7 @@ def _markov(table: str, steps: int, **cipher: Any) -> LexinvariantModel:
         batch_size=32,
         sequence_length=32,
         log_every=100,
-        eval_every=250,
+        eval_every=500,
         checkpoint_every=500,
     )
     return LexinvariantModel(LanguageData(), train, Cipher(**cipher))
@@ -150,7 +150,7 @@ _PUBLISHED = {
 }
 
 RECIPES: dict[str, LexinvariantModel | ProbeModel] = {
-    "markov_lexinvariant": _markov("gaussian", 1500),
+    "markov_lexinvariant": _markov("gaussian", 6000),
     "markov_standard": _markov("learned", 500),
     **{
         f"markov_semi_{percent:03d}": _markov("learned", 500, permuted=percent / 100)
