@@ -27,6 +27,7 @@ def record(
     """One line of the results: a method at a temperature and a batch size."""
     rows = measured["result"]
     total = generation.total_stats(rows)
+    layers = total.get("layers_run")
     return {
         "label": label,
         "method": entry.method,
@@ -43,6 +44,7 @@ def record(
             [row.stats["target_calls"] for row in rows],
         ),
         "acceptance_by_depth": total["acceptance_by_depth"],
+        **({} if layers is None else {"layers_per_token": layers / total["tokens_emitted"]}),
         "stats": {k: v for k, v in total.items() if k != "tokens_per_target_call"},
         "identical_rows": sum(
             a.token_ids == b.token_ids for a, b in zip(rows, baseline["result"], strict=True)

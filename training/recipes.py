@@ -337,6 +337,10 @@ RECIPES: dict[str, BaseModel] = {
         objective=Objective(truncated=0.01),
         starts_from="code_mdlm_blocks",
     ),
+    # Deep rather than wide, for methods that leave a model half-way or draft with its first layers.
+    "code_deep": BaseModel(
+        "stdlib_code", 1024, _with_muon(_narrow(_llama(8, 128, 1024)), 800, 256, 8, 4e-3)
+    ),
     # Models whose tokeniser is exchanged: small, with tables of their own for input and output; and
     # a bidirectional one with a single table.
     "code_untied": BaseModel(

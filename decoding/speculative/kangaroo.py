@@ -79,7 +79,8 @@ def kangaroo_drafter(
     """Drafts up to `num_draft` tokens with the target's first layers and params['adapter'].
 
     A draft is always proposed, be the drafter sure of it or not; one that it is not sure of is the
-    last. The test reads the whole distribution before temperature and filters, so that it does not
+    last. `layers_run` counts a layer once a call, on however many tokens, the adapter not at all.
+    The test reads the whole distribution before temperature and filters, so that it does not
     depend on the token that was drawn, which would bias the text.
 
     Args:
@@ -221,7 +222,10 @@ def kangaroo_drafter(
             tree,
             (kept, turn.streams),
             turn.written,
-            {"shallow_calls": turn.written + 1},
+            {
+                "shallow_calls": turn.written + 1,
+                "layers_run": exit_layer * turn.written + config.num_layers,
+            },
             Begun(turn.streams, kv.truncate(turn.target, base), exit_layer),
         )
 
@@ -253,7 +257,7 @@ def kangaroo_drafter(
         prefill=read,
         propose=propose,
         observe=observe,
-        counters=("shallow_calls",),
+        counters=("shallow_calls", "layers_run"),
         reads=(exit_layer,),
     )
 

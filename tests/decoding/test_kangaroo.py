@@ -71,6 +71,7 @@ def test_first_layers_run_once_a_token_and_the_others_once_a_round():
         counts = row.stats
         assert counts["shallow_calls"] == counts["target_calls"] + counts["draft_calls"]
         assert counts["draft_calls"] == sum(counts["proposed"])
+        assert counts["layers_run"] == counts["shallow_calls"] + counts["target_calls"]
     assert len({r.stats["draft_calls"] / r.stats["target_calls"] for r in rows}) > 2
 
 
