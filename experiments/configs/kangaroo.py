@@ -34,7 +34,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.data.update(dataset="jsonl_prompts", prompt_field="question", num_prompts=480)
         config.data.builder_options = ConfigDict({"path": "data/spec_bench.jsonl"})
         config.decode.update(temperatures=(0.0,), max_new_tokens=1024, stop_at_eos=True)
-        text = {
+        text: dict[str, Any] = {
             "dataset": "text_files", "dataset_options": {"files": "data/sharegpt/*.txt"},
             "sequence_length": 2048, "batch_size": 4, "num_steps": 800_000,
             "optimizer": {"learning_rate": 5e-5, "warmup_steps": 2000, "weight_decay": 0.01},
