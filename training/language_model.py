@@ -143,6 +143,38 @@ def evaluator(
     return evaluate
 
 
+def mean_evaluator(
+    config: TrainConfig,
+    loss_fn: fitting.LossFn,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    frozen: Any = None,
+) -> Callable[[TrainState], dict[str, float]]:
+    """A function of the state: a pipeline's own loss and metrics on held-out text.
+
+    Means over batches, weighted by the tokens that count, 'eval_' before each name. A batch is
+    measured with the noise of the step that has its number.
+    """
+    measure = jax.jit(loss_fn)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        found, weights = [], []
+        for number, batch in enumerate(batches):
+            loss, metrics = measure(
+                state.params, put(batch, config, mesh), np.int32(number), frozen
+            )
+            found.append(jax.device_get({"loss": loss, **metrics}))
+            weights.append(float(np.sum(batch["loss_mask"])))
+        if not sum(weights):
+            raise InputError("eval_batches: no token of theirs counts")
+        return {
+            f"eval_{name}": float(np.average([one[name] for one in found], weights=weights))
+            for name in found[0]
+        }
+
+    return evaluate
+
+
 def put(batch: Batch, config: TrainConfig, mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows on the mesh, split over its data axis; errors as `fitting.place`."""
     return fitting.place(batch, config, mesh, fields=_FIELDS, ids=("tokens", "targets"))

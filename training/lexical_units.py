@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from models import masks, sharding, transformer
 from models.errors import InputError
 from training import branches, fitting, language_model, loop, losses
-from training.fitting import Batch, DeviceBatch, TrainConfig, TrainState
+from training.fitting import Batch, DeviceBatch, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,29 +91,14 @@ def train(
     mesh = sharding.make_mesh(*config.mesh)
     frozen = jax.device_put(initial_params, sharding.param_shardings(config.model, mesh))
     loss = functools.partial(loss_fn, config, units)
-    measure = jax.jit(loss)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        assert eval_batches is not None
-        found, weights = [], []
-        for number, batch in enumerate(eval_batches):
-            placed = language_model.put(batch, config, mesh)
-            value, metrics = measure(state.params, placed, np.int32(number), frozen)
-            found.append(jax.device_get({"loss": value, **metrics}))
-            weights.append(float(np.sum(batch["loss_mask"])))
-        if not sum(weights):
-            raise InputError("eval_batches: no token of theirs counts")
-        return {
-            f"eval_{name}": float(np.average([one[name] for one in found], weights=weights))
-            for name in found[0]
-        }
-
     return fitting.fit(
         config,
         functools.partial(fitting.update, config, loss),
         prepare=lambda _, batch: language_model.put(batch, config, mesh),
         train_batches=train_batches,
-        evaluate=evaluate if eval_batches is not None else None,
+        evaluate=language_model.mean_evaluator(config, loss, eval_batches, mesh, frozen)
+        if eval_batches is not None
+        else None,
         workdir=workdir,
         recorded={"units": dataclasses.asdict(units), "identity": identity},
         mesh=mesh,

@@ -12,13 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from models import masks, sharding
 from models.errors import InputError
 from models.layer_skipping import SkipSchedule, gated
 from training import fitting, language_model, loop, losses
-from training.fitting import Batch, DeviceBatch, TrainConfig, TrainState
+from training.fitting import Batch, DeviceBatch, TrainConfig
 
 
 def train(
@@ -54,25 +53,14 @@ def train(
         raise InputError("model.causal: False is not for this pipeline, which is left to right")
     mesh = sharding.make_mesh(*config.mesh)
     loss = functools.partial(loss_fn, config, schedule, prompt_tokens)
-    measure = jax.jit(loss)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        assert eval_batches is not None
-        found = [
-            (float(measure(state.params, put, state.step, None)[0]), float(put["loss_mask"].sum()))
-            for put in (language_model.put(batch, config, mesh) for batch in eval_batches)
-        ]
-        if not found or not sum(weight for _, weight in found):
-            raise InputError("eval_batches: no token of theirs counts")
-        values, weights = zip(*found, strict=True)
-        return {"eval_loss": float(np.average(values, weights=weights))}
-
     return fitting.fit(
         config,
         functools.partial(fitting.update, config, loss),
         prepare=lambda _, batch: language_model.put(batch, config, mesh),
         train_batches=train_batches,
-        evaluate=evaluate if eval_batches is not None else None,
+        evaluate=language_model.mean_evaluator(config, loss, eval_batches, mesh)
+        if eval_batches is not None
+        else None,
         workdir=workdir,
         recorded={"schedule": dataclasses.asdict(schedule), "identity": identity},
         mesh=mesh,

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import struct
-from jax.sharding import Mesh
 
 from models import files, hf_checkpoint, masks, sharding, transformer
 from models.config import TransformerConfig
@@ -116,7 +114,9 @@ def train(
         functools.partial(fitting.update, config, loss_fn),
         prepare=lambda _, batch: language_model.put(batch, config, mesh),
         train_batches=train_batches,
-        evaluate=_evaluator(config, loss_fn, frozen, eval_batches, mesh) if eval_batches else None,
+        evaluate=language_model.mean_evaluator(config, loss_fn, eval_batches, mesh, frozen)
+        if eval_batches
+        else None,
         workdir=workdir,
         recorded={"part": part.name, "identity": identity},
         mesh=mesh,
@@ -132,28 +132,6 @@ def _loss(
     model = fitting.compute_config(config)
     found = features(model, frozen, batch, part.collect)
     return part.loss(model, params, found, batch, frozen, fitting.step_key(config, step))
-
-
-def _evaluator(
-    config: TrainConfig, loss_fn: fitting.LossFn, frozen: Any, held_out: Iterable[Batch], mesh: Mesh
-) -> Callable[[fitting.TrainState], dict[str, float]]:
-    measure = jax.jit(loss_fn)
-
-    def evaluate(state: fitting.TrainState) -> dict[str, float]:
-        found, weights = [], []
-        for number, batch in enumerate(held_out):
-            placed = language_model.put(batch, config, mesh)
-            loss, metrics = measure(state.params, placed, np.int32(number), frozen)
-            found.append(jax.device_get({"loss": loss, **metrics}))
-            weights.append(float(np.sum(batch["loss_mask"])))
-        if not sum(weights):
-            raise InputError("eval_batches: no token of theirs counts")
-        return {
-            f"eval_{name}": float(np.average([one[name] for one in found], weights=weights))
-            for name in found[0]
-        }
-
-    return evaluate
 
 
 @dataclasses.dataclass(frozen=True)
