@@ -190,7 +190,7 @@ def test_bad_input() -> None:
     config, _ = model()
     with pytest.raises(InputError, match=r"repetition_penalty: words are not penalised"):
         word_subwords.word_by_word(config, SamplingConfig(repetition_penalty=2.0))
-    with pytest.raises(InputError, match=r"method autoregressive: the target model is a word_re"):
+    with pytest.raises(InputError, match=r"method autoregressive: the target model .word_reader."):
         methods.build("autoregressive", {"target": config}, SamplingConfig())
     with pytest.raises(InputError, match=r"must read words and have a head"):
         word_subwords.word_by_word(config.replace(num_classes=2), SamplingConfig())

@@ -54,7 +54,7 @@ def test_a_saved_directory_is_continued(tmp_path: Path, run: Any) -> None:
         words = spaced_words.words_of(row["token_ids"])
         assert row["stats"]["target_calls"] == len(words)
     status, _, error = run(*given, "--prompt=a")
-    assert status == 2 and "must not be one that reads words" in error
+    assert status == 2 and "models that read words from bytes; allowed: models of tokens" in error
 
 
 def test_tasks() -> None:
