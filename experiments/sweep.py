@@ -85,11 +85,12 @@ def collect(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a sweep's page shows: every run's figures by setting."""
     names = ("label", "temperature", "batch_size", "role", "keeps_law", *_METRICS, _ERROR)
     names += tuple(_QUALITY)
-    runs = [
-        {"setting": one["name"]} | {name: run[name] for name in names if name in run}
-        for one in found
-        for run in one["runs"]
-    ]
+    runs = []
+    for one in found:
+        for run in one["runs"]:
+            measured = {**run.get("quality", {}), **run}
+            kept = {name: measured[name] for name in names if name in measured}
+            runs.append({"setting": one["name"], **kept})
     scores = {one["name"]: one["scores"] for one in found if one.get("scores")}
     return {"settings": [one["name"] for one in found], "runs": runs, "scores": scores}
 
@@ -143,12 +144,13 @@ def trade_offs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     A method's points are joined in the order of its settings; one that is the same in every
     setting, as plain decoding is, is one point.
     """
-    if all(r["keeps_law"] for r in runs):  # none decode, or all do so without loss
+    # Images say nothing of a law: their quality is measured.
+    if all(r.get("keeps_law", False) for r in runs):  # none decode, or all do so without loss
         return []
     quality = next(name for name in _QUALITY if all(name in r for r in runs))
     costs = {
         "target calls a token": lambda r: (
-            1 / r["tokens_per_target_call"] if r["role"] == "target" else 0.0
+            1 / r["tokens_per_target_call"] if r.get("role", "target") == "target" else 0.0
         ),
         "time a token (plain decoding: 1)": lambda r: 1 / r["speedup"],
     }
@@ -157,7 +159,7 @@ def trade_offs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         series = []
         for label in dict.fromkeys(r["label"] for r in runs):
             mine = [r for r in runs if r["label"] == label]
-            if len({r[quality] for r in mine}) == 1 and mine[0]["keeps_law"]:
+            if len({r[quality] for r in mine}) == 1 and mine[0].get("keeps_law", True):
                 mine = mine[:1]
             series.append(
                 {"label": label, "x": [cost(r) for r in mine], "y": [r[quality] for r in mine]}
@@ -216,7 +218,7 @@ def execute(configs: Sequence[ConfigDict], workdir: Path) -> dict[str, Any]:
 
 
 def _quality(run: Mapping[str, Any]) -> str:
-    if run["keeps_law"] and run["role"] == "target":
+    if run.get("keeps_law", False) and run["role"] == "target":
         return ""
     return "".join(f"  {run[name]:.1%} {text}" for name, text in _QUALITY.items() if name in run)
 

@@ -146,3 +146,20 @@ def test_the_error_of_a_ratio_is_that_of_many_repeats():
     errors = [results.ratio_error(a, b) for a, b in zip(tokens, calls)]
     assert np.mean(errors) == pytest.approx(ratios.std(), rel=0.03)
     assert results.ratio_error([3], [1]) == 0
+
+
+def test_runs_that_say_nothing_of_a_law_are_charted_by_their_quality():
+    """Images: their quality is a dict of its own, and no role is named."""
+
+    def run(label, calls, accuracy):
+        return {
+            "label": label, "temperature": 1.0, "batch_size": 1, "tokens_per_target_call": calls,
+            "speedup": 1.0, "agreement": 1.0, "quality": {"accuracy": accuracy},
+        }  # fmt: skip
+
+    found = [{"name": "k=1", "runs": [run("plain", 1.0, 0.4), run("tau", 2.0, 0.6)]}]
+    collected = sweep.collect(found)
+    charts = sweep.trade_offs(collected["runs"])
+    assert [chart["y_label"] for chart in charts] == ["class accuracy"] * 2
+    assert charts[0]["series"][1] == {"label": "tau", "x": [0.5], "y": [0.6]}
+    assert "60.0% class accuracy" in sweep._quality(collected["runs"][1])
