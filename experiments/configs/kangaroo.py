@@ -7,7 +7,7 @@ Compares exit layers, thresholds of the second exit, and kinds of adapters with 
 n-gram lookup. The default preset has the published settings for a Vicuna-7B of your own (exit after
 2 of 32 layers, at most 6 drafts, threshold 0.6) and trains its adapter on text of your own as
 published (AdamW, learning rate 5e-5); `:offline` is an embedded model of 8 layers on Python code,
-whose adapters train in a minute each.
+whose adapters train in a minute or two each.
 """
 
 from typing import Any
@@ -49,8 +49,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.models = ConfigDict({"target": "code_deep"})
     config.parts = ConfigDict(
         {
-            **{_part(layer): exit_adapter(layer) for layer in LAYERS},
-            **{_part(2, kind): exit_adapter(2, kind) for kind in KINDS},
+            **{_part(layer): exit_adapter(layer, num_steps=600) for layer in LAYERS},
+            **{_part(2, kind): exit_adapter(2, kind, num_steps=600) for kind in KINDS},
         }
     )
     config.decode.methods = (
