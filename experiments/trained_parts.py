@@ -19,7 +19,7 @@ from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 from models.exit_adapter import ExitAdapterConfig
 from models.feature_head import FeatureHeadConfig
-from training import exit_adapter, feature_head, unmask_filter
+from training import exit_adapter, feature_head, target_features, unmask_filter
 from training.optimizers import OptimizerConfig
 from training.target_features import PartRecipe
 from training.unmask_filter import FilterRecipe, FilterTraining, Source
@@ -46,13 +46,13 @@ def _filter(target: str, entry: dict[str, Any]) -> Path:
 
 def _adapter(target: str, entry: dict[str, Any]) -> Path:
     adapter = ExitAdapterConfig(**entry.pop("adapter"))
-    return exit_adapter.ensure(_recipe(target, entry), adapter)
+    return target_features.ensure(_recipe(target, entry), exit_adapter.part(adapter))
 
 
 def _head(target: str, entry: dict[str, Any]) -> Path:
     head = FeatureHeadConfig(**entry.pop("head"))
     objective = feature_head.Objective(**entry.pop("objective", {}))
-    return feature_head.ensure(_recipe(target, entry), head, objective)
+    return target_features.ensure(_recipe(target, entry), feature_head.part(head, objective))
 
 
 def _recipe(target: str, entry: dict[str, Any]) -> PartRecipe:

@@ -1,6 +1,7 @@
 """The adapter of an early exit, trained to say what the whole model says (Kangaroo).
 
-    directory = exit_adapter.ensure(PartRecipe("code_target"), ExitAdapterConfig(exit_layer=2))
+    recipe = PartRecipe("code_target")
+    directory = target_features.ensure(recipe, exit_adapter.part(ExitAdapterConfig(exit_layer=2)))
     python -m experiments.generate --method=kangaroo --method_params=DIRECTORY ...
 
 arXiv 2404.18911, section 3.2: soft cross-entropy with the target's distribution at the same
@@ -9,8 +10,6 @@ position; nothing but the adapter learns.
 
 import dataclasses
 import functools
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -19,9 +18,9 @@ import jax.numpy as jnp
 from models import exit_adapter, transformer
 from models.config import TransformerConfig
 from models.exit_adapter import ExitAdapterConfig
-from training import loop, losses, target_features
+from training import loop, losses
 from training.fitting import DeviceBatch
-from training.target_features import Features, Part, PartRecipe
+from training.target_features import Features, Part
 
 
 def part(adapter: ExitAdapterConfig) -> Part:
@@ -31,19 +30,9 @@ def part(adapter: ExitAdapterConfig) -> Part:
         functools.partial(exit_adapter.init, adapter),
         loss,
         lambda directory, params: exit_adapter.save(directory, adapter, params),
+        dataclasses.asdict(adapter),
         collect=(adapter.exit_layer,),
     )
-
-
-def ensure(
-    recipe: PartRecipe,
-    adapter: ExitAdapterConfig,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> pathlib.Path:
-    """The directory of an adapter, for `models.exit_adapter.load`; see `target_features.ensure`."""
-    described = dataclasses.asdict(adapter)
-    return target_features.ensure(recipe, part(adapter), described, cache_dir=cache_dir)
 
 
 def loss(

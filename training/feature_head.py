@@ -1,6 +1,7 @@
 """Heads on a target's features: EAGLE's recipe, and FSPAD's losses on the same.
 
-    directory = feature_head.ensure(PartRecipe("code_target"), FeatureHeadConfig())
+    recipe = PartRecipe("code_target")
+    directory = target_features.ensure(recipe, feature_head.part(FeatureHeadConfig(), Objective()))
     python -m experiments.generate --method=eagle2 --method_params=DIRECTORY ...
 
 EAGLE, arXiv 2401.15077, section 4.2: the next feature by a smooth L1 loss, and the target's
@@ -10,8 +11,6 @@ bear its own errors. Nothing but the head learns.
 
 import dataclasses
 import functools
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -22,9 +21,9 @@ from models import feature_head, transformer
 from models.config import TransformerConfig
 from models.errors import InputError
 from models.feature_head import FeatureHeadConfig
-from training import loop, losses, target_features
+from training import loop, losses
 from training.fitting import DeviceBatch
-from training.target_features import Features, Part, PartRecipe
+from training.target_features import Features, Part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +53,8 @@ def part(head: FeatureHeadConfig, objective: Objective) -> Part:
         functools.partial(feature_head.init, head),
         functools.partial(loss, head, objective),
         lambda directory, params: feature_head.save(directory, head, params),
+        {"head": dataclasses.asdict(head), "objective": dataclasses.asdict(objective)},
     )
-
-
-def ensure(
-    recipe: PartRecipe,
-    head: FeatureHeadConfig,
-    objective: Objective | None = None,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> pathlib.Path:
-    """The directory of a head, for `models.feature_head.load`; see `target_features.ensure`."""
-    objective = objective or Objective()
-    described = {"head": dataclasses.asdict(head), "objective": dataclasses.asdict(objective)}
-    return target_features.ensure(recipe, part(head, objective), described, cache_dir=cache_dir)
 
 
 def loss(

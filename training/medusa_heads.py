@@ -1,6 +1,7 @@
 """Heads that guess ahead, trained on the data's own tokens (Medusa-1, arXiv 2401.10774).
 
-    directory = medusa_heads.ensure(PartRecipe("code_target"), MedusaConfig())
+    recipe = PartRecipe("code_target")
+    directory = target_features.ensure(recipe, medusa_heads.part(MedusaConfig()))
     python -m experiments.generate --method=medusa --method_params=DIRECTORY ...
 
 Section 2.2.1: cross-entropy of head k with the token k + 2 places on, later heads counting less.
@@ -8,8 +9,6 @@ Section 2.2.1: cross-entropy of head k with the token k + 2 places on, later hea
 
 import dataclasses
 import functools
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -18,9 +17,9 @@ import jax.numpy as jnp
 from models import medusa_heads
 from models.config import TransformerConfig
 from models.medusa_heads import MedusaConfig
-from training import loop, losses, target_features
+from training import loop, losses
 from training.fitting import DeviceBatch
-from training.target_features import Features, Part, PartRecipe
+from training.target_features import Features, Part
 
 # Weight of head k is this to the power of k (published).
 DECAY = 0.8
@@ -33,15 +32,7 @@ def part(config: MedusaConfig) -> Part:
         functools.partial(medusa_heads.init, config),
         loss,
         lambda directory, params: medusa_heads.save(directory, config, params),
-    )
-
-
-def ensure(
-    recipe: PartRecipe, config: MedusaConfig, *, cache_dir: str | os.PathLike[str] | None = None
-) -> pathlib.Path:
-    """The directory of heads, for `models.medusa_heads.load`; see `target_features.ensure`."""
-    return target_features.ensure(
-        recipe, part(config), dataclasses.asdict(config), cache_dir=cache_dir
+        dataclasses.asdict(config),
     )
 
 

@@ -1,6 +1,8 @@
 """Prompt tokens that learn to say what the model will say (PPD, arXiv 2405.18628, section 3.2).
 
-    directory = prompt_tokens.ensure(PartRecipe("code_target"), PromptTokensConfig())
+    recipe = PartRecipe("code_target")
+    part = prompt_tokens.part(PromptTokensConfig(), Objective())
+    directory = target_features.ensure(recipe, part)
     python -m experiments.generate --method=ppd --method_params=DIRECTORY ...
 
 A copy of the prompt tokens is put behind many places of a text at once; each copy sees its own
@@ -10,8 +12,6 @@ k tokens further on. Nothing but the embeddings learns.
 
 import dataclasses
 import functools
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -21,9 +21,9 @@ from models import prompt_tokens, transformer
 from models.config import TransformerConfig
 from models.errors import InputError
 from models.prompt_tokens import PromptTokensConfig
-from training import branches, loop, losses, target_features
+from training import branches, loop, losses
 from training.fitting import DeviceBatch
-from training.target_features import Features, Part, PartRecipe
+from training.target_features import Features, Part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +52,8 @@ def part(config: PromptTokensConfig, objective: Objective) -> Part:
         functools.partial(prompt_tokens.init, config),
         functools.partial(loss, config, objective),
         lambda directory, params: prompt_tokens.save(directory, config, params),
+        {"prompts": dataclasses.asdict(config), "objective": dataclasses.asdict(objective)},
     )
-
-
-def ensure(
-    recipe: PartRecipe,
-    config: PromptTokensConfig,
-    objective: Objective | None = None,
-    *,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> pathlib.Path:
-    """The directory of prompt tokens, for `models.prompt_tokens.load`; see
-    `target_features.ensure`."""
-    objective = objective or Objective()
-    described = {"prompts": dataclasses.asdict(config), "objective": dataclasses.asdict(objective)}
-    return target_features.ensure(recipe, part(config, objective), described, cache_dir=cache_dir)
 
 
 def loss(

@@ -52,6 +52,7 @@ class Part(NamedTuple):
       loss: (target's config, parameters, features, batch, target's parameters, key) -> (loss [],
         further metrics, each []); means over `batch['loss_mask']`.
       save: (directory, parameters) -> None.
+      settings: what determines it beside the target, as JSON can hold it.
       collect: layer counts of the streams that it reads.
     """
 
@@ -59,6 +60,7 @@ class Part(NamedTuple):
     init: Callable[[TransformerConfig, jax.Array], Any]
     loss: Callable[..., tuple[jax.Array, loop.Metrics]]
     save: Callable[[pathlib.Path, Any], None]
+    settings: Mapping[str, Any]
     collect: tuple[int, ...] = ()
 
 
@@ -164,7 +166,6 @@ class PartRecipe:
 def ensure(
     recipe: PartRecipe,
     part: Part,
-    described: Mapping[str, Any],
     *,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> pathlib.Path:
@@ -172,8 +173,7 @@ def ensure(
 
     Args:
       recipe: see `PartRecipe`.
-      part: see `Part`.
-      described: the part's own settings, as JSON can hold them: part of the hash.
+      part: see `Part`; its settings are part of the hash.
       cache_dir: where models and data are kept; None for `files.cache_root()`.
 
     Returns:
@@ -190,7 +190,7 @@ def ensure(
     examples = {split: _examples(recipe, split, cache) for split in ("train", "validation")}
     identity = {
         "part": part.name,
-        **described,
+        **part.settings,
         "recipe": dataclasses.asdict(recipe),
         "target": artifacts.content_hash(directory),
         "data": examples["train"].full_name,

@@ -14,9 +14,9 @@ from flax import struct
 
 from decoding import prefill
 from decoding.loop import DecodeState, ModelParams
-from decoding.sampling import SamplingConfig, log_probs
-from decoding.speculative import scoring, verification
-from decoding.speculative.sources import Growing, Source, plant, window
+from decoding.sampling import SamplingConfig
+from decoding.speculative import verification
+from decoding.speculative.sources import Growing, Source, distribution_of, plant, window
 from models import cache as kv
 from models import feature_head, masks, transformer
 from models.config import TransformerConfig
@@ -118,11 +118,7 @@ def feature_source(
         rows: jnp.ndarray,
     ) -> jnp.ndarray:
         logits = transformer.unembed(config, params["target"], readable)
-        if sampling.repetition_penalty != 1:
-            logits = scoring.penalised_logits(
-                logits, rows, tree.tokens, state.tokens, state.lengths, sampling
-            )
-        return log_probs(logits, sampling)
+        return distribution_of(logits, state, tree, rows, sampling)
 
     def root(
         params: ModelParams, inner: FeatureState, state: DecodeState

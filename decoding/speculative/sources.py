@@ -138,6 +138,21 @@ def window(table: jnp.ndarray, first: jnp.ndarray, width: int) -> jnp.ndarray:
     return jax.vmap(lambda row, at: row[at])(table, index)
 
 
+def distribution_of(
+    logits: jnp.ndarray,
+    state: DecodeState,
+    tree: Growing,
+    rows: jnp.ndarray,
+    sampling: SamplingConfig,
+) -> jnp.ndarray:
+    """log_q [B, W, V] of logits at W nodes, whose rows of the ancestry are bool [B, W, N]."""
+    if sampling.repetition_penalty != 1:
+        logits = scoring.penalised_logits(
+            logits, rows, tree.tokens, state.tokens, state.lengths, sampling
+        )
+    return log_probs(logits, sampling)
+
+
 @functools.cache
 def model_source(config: TransformerConfig, sampling: SamplingConfig) -> Source:
     """The model of role 'draft', under a tree mask over its own cache.
@@ -150,11 +165,7 @@ def model_source(config: TransformerConfig, sampling: SamplingConfig) -> Source:
         params: ModelParams, hidden: jnp.ndarray, state: DecodeState, tree: Growing, rows: Any
     ) -> jnp.ndarray:
         logits = transformer.unembed(config, params["draft"], hidden)
-        if sampling.repetition_penalty != 1:
-            logits = scoring.penalised_logits(
-                logits, rows, tree.tokens, state.tokens, state.lengths, sampling
-            )
-        return log_probs(logits, sampling)
+        return distribution_of(logits, state, tree, rows, sampling)
 
     def root(
         params: ModelParams, cache: kv.KVCache, state: DecodeState

@@ -115,14 +115,19 @@ def test_an_adapter_is_trained_once_and_kept(tmp_path):
         str(tmp_path / "target"), dataset_options={"root": str(source)}, num_steps=3,
         batch_size=2, sequence_length=32, eval_batches=1,
     )  # fmt: skip
-    first = adapter_training.ensure(recipe, ADAPTER, cache_dir=tmp_path / "cache")
+
+    def ensure(adapter):
+        part = adapter_training.part(adapter)
+        return target_features.ensure(recipe, part, cache_dir=tmp_path / "cache")
+
+    first = ensure(ADAPTER)
     written = (first / "model.safetensors").stat().st_mtime_ns
-    assert adapter_training.ensure(recipe, ADAPTER, cache_dir=tmp_path / "cache") == first
+    assert ensure(ADAPTER) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
     config, found = exit_adapter.load(first, model)
     assert config == ADAPTER and "attention" in found
     other = ExitAdapterConfig(1, "norm")
-    assert adapter_training.ensure(recipe, other, cache_dir=tmp_path / "cache") != first
+    assert ensure(other) != first
 
 
 def test_a_bidirectional_target_is_refused(tmp_path):
