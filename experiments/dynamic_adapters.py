@@ -13,11 +13,10 @@ from experiments import results
 from experiments.dynamic_parts import Setting
 from models import files
 from models.lora import LoraConfig
-from training import artifacts, granularity, merged_classifier, passages
+from training import artifacts, granularity, merged_classifier, optimizers, passages
 from training.fitting import TrainConfig
 from training.granularity import Granularity
 from training.merged_classifier import Reader, Task
-from training.optimizers import OptimizerConfig
 
 
 def measure(setting: Setting, config: ConfigDict) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def measure(setting: Setting, config: ConfigDict) -> dict[str, Any]:
     test = passages.of_packages(held, how.packages, most=how.test_passages, **cut)
     train = TrainConfig(
         setting.model,
-        OptimizerConfig(**how.optimizer),
+        optimizers.from_fields(**how.optimizer),
         num_steps=how.num_steps,
         batch_size=how.batch_size,
         sequence_length=how.tokens,

@@ -15,9 +15,8 @@ from experiments import results
 from models import files, hierarchical
 from models.config import TransformerConfig
 from models.hierarchical import HierarchicalConfig
-from training import compute, text_models, text_scores
+from training import compute, optimizers, text_models, text_scores
 from training.datasets import registry
-from training.optimizers import OptimizerConfig
 from training.text_models import TextModel
 from training.text_scores import Passage, TextScores
 
@@ -98,7 +97,7 @@ def architecture(config: ConfigDict, changes: Mapping[str, Any]) -> Hierarchical
 
 def recipe(setting: Setting, model: Any, **more: Any) -> TextModel:
     options = setting.config.training.to_dict()
-    optimizer = OptimizerConfig(**options.pop("optimizer"))
+    optimizer = optimizers.from_fields(**options.pop("optimizer"))
     return TextModel(**{"model": model, "optimizer": optimizer, **options, **more})
 
 

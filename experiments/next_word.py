@@ -25,11 +25,9 @@ from models.errors import InputError, check_choice
 from models.hierarchical import HierarchicalConfig
 from models.word_pooling import Sizes
 from models.word_units import NormalForm
-from training import losses, next_word_models
+from training import losses, next_word_models, optimizers
 from training.next_word_models import Recipe, Text
-from training.optimizers import MuonConfig, OptimizerConfig
 
-OPTIMIZERS = {"adamw": OptimizerConfig, "muon": MuonConfig}
 EQUAL_BYTES, EQUAL_UNITS = "equal bytes", "equal units"
 
 
@@ -44,11 +42,10 @@ def recipe(config: ConfigDict, role: str) -> Recipe:
         text = config.text.to_dict()
         text |= {"form": NormalForm(**text["form"]), "options": dict(text["options"])}
         shared = config.training.to_dict()
-        optimizer = shared.pop("optimizer")
-        kind = OPTIMIZERS[optimizer.pop("kind")]
+        optimizer = optimizers.from_fields(**shared.pop("optimizer"))
         mine = config.models[role].to_dict()
         sizes = Sizes(**{**config.sizes.to_dict(), **mine.pop("sizes", {})})
-        fields = {**shared, **mine, "sizes": sizes, "optimizer": kind(**optimizer)}
+        fields = {**shared, **mine, "sizes": sizes, "optimizer": optimizer}
         return Recipe(Text(**text), seed=config.seed, **fields)
     except TypeError as error:
         raise InputError(f"config.models: {role}: {error}") from None

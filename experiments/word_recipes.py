@@ -8,8 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from models.errors import InputError, check_choice
-from training import word_tasks
-from training.optimizers import OptimizerConfig
+from training import optimizers, word_tasks
 from training.word_masked_lm import Objective
 from training.word_models import Corpus, Pretraining, RunSizes, Task
 from training.word_rows import RowShape
@@ -44,7 +43,9 @@ def pretraining(config: ConfigDict, role: str) -> Pretraining:
 def run_sizes(run: ConfigDict, seed: int) -> RunSizes:
     """`RunSizes` of a part of a config."""
     fields = run.to_dict()
-    return RunSizes(optimizer=OptimizerConfig(**fields.pop("optimizer")), seed=seed, **fields)
+    return RunSizes(
+        optimizer=optimizers.from_fields(**fields.pop("optimizer")), seed=seed, **fields
+    )
 
 
 def task(config: ConfigDict, name: str, cache: pathlib.Path) -> Task:

@@ -7,7 +7,7 @@ import jax
 import optax
 from optax import contrib
 
-from models.errors import InputError
+from models.errors import InputError, check_choice
 from models.sharding import path_string
 
 # How Muon reads matrices of several axes: path -> (axes of the input, axes of the output); queries,
@@ -102,6 +102,20 @@ class AdafactorConfig(OptimizerConfig):
     """
 
     scale_by_parameter: bool = True
+
+
+KINDS = {"adamw": OptimizerConfig, "muon": MuonConfig, "adafactor": AdafactorConfig}
+
+
+def from_fields(kind: str = "adamw", **fields: Any) -> OptimizerConfig:
+    """The optimiser that a config file describes: its kind, and the fields of that kind's class.
+
+    Raises:
+      InputError: an unknown kind, or a value that the class refuses.
+      TypeError: an unknown field.
+    """
+    check_choice("optimizer.kind", kind, KINDS)
+    return KINDS[kind](**fields)
 
 
 def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -59,7 +59,9 @@ def run(repeats: int) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for label, model in architectures(setting, tokenizers).items():
         own = setting._replace(tokenizer=tokenizers.get(label, tokenizers[BPE]))
-        trained = parts.train(own, f"tokens_{label.split()[0].lower()}", model)
+        # HAT itself is the model of HAT's own experiment.
+        name = "hat" if label == WORDS else f"tokens_{label.split()[0].lower()}"
+        trained = parts.train(own, name, model)
         found[label] = measure(own, trained)
     return {
         "models": found,

@@ -6,8 +6,8 @@
 The default preset has the published sizes of the 1B models and a baseline of 64k tokens and equal
 work a byte, for text files of your own; the optimiser is ours where the paper's is not known. The
 `:offline` preset is a model of a few hundred thousand parameters on docstrings of the standard
-library: minutes on one core, and far too small to say anything about the published scale.
-`:longer` trains HAT and the baseline alone for more than twice as long.
+library: a quarter of an hour on one core, and far too small to say anything about the published
+scale. `:longer` trains HAT and the baseline alone for more than three times as long.
 """
 
 from typing import Any
@@ -71,7 +71,7 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset in ("offline", "longer"):
         _offline(config)
     if preset == "longer":
-        config.training.num_steps = 700
+        config.training.num_steps = 5000
         config.variants = ConfigDict()
         config.measurements = ("compare", "noise")
     return config
@@ -92,9 +92,14 @@ def _offline(config: ConfigDict) -> None:
     )
     config.tokens.update(vocab_size=1024, width=96, layers=3, head_dim=16)
     config.training.update(
-        num_steps=300, batch_size=8, row_bytes=256, eval_every=100, eval_batches=4
+        num_steps=1500, batch_size=8, row_bytes=256, eval_every=100, eval_batches=4
     )
-    config.training.optimizer = ConfigDict({"learning_rate": 4e-3, "warmup_steps": 20})
+    config.training.optimizer = ConfigDict(
+        {
+            "kind": "muon", "learning_rate": 2e-2, "warmup_steps": 20, "weight_decay": 0.05,
+            "beta2": 0.98,
+        }
+    )  # fmt: skip
     config.passages.update(words=64, context=32, count=40, batch_size=8, most_words=112, tokens=256)
     config.adaptation.training.update(num_steps=120, eval_every=20)
     config.generation.update(new_tokens=96, repeats=2)
@@ -104,6 +109,6 @@ def sweep() -> list[dict[str, Any]]:
     """The splitting rule and the sizes of words."""
     return [
         {"name": f"{rule}, at most {cap} bytes", "words.rule": rule, "words.max_word": cap,
-         "variants": ConfigDict(), "measurements": ("compare", "noise")}
+         "variants": ConfigDict(), "measurements": ("compare", "noise"), "training.num_steps": 500}
         for rule, cap in (("unicode", 8), ("unicode", 16), ("whitespace", 16))
     ]  # fmt: skip

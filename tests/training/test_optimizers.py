@@ -178,3 +178,10 @@ def _shared(config):
 def test_values_of_muon_out_of_range_are_named(field, value):
     with pytest.raises(InputError, match=f"optimizer.{field}: {value}"):
         MuonConfig(**{field: value})
+
+
+def test_a_config_file_names_the_kind_of_optimiser():
+    assert optimizers.from_fields(learning_rate=0.5) == OptimizerConfig(learning_rate=0.5)
+    assert optimizers.from_fields("muon", momentum=0.5) == MuonConfig(momentum=0.5)
+    with pytest.raises(InputError, match=r"optimizer.kind: 'sgd'.*adafactor"):
+        optimizers.from_fields("sgd")
