@@ -24,11 +24,14 @@ from experiments import (
     acceptance,
     calibration,
     exact_chains,
+    fine_tuned_models,
     information,
+    lexical_unit_statistics,
     loading,
     lossless,
     oracle_bound,
     records,
+    text_quality,
     timing,
     trained_parts,
     unmasking_observations,
@@ -47,6 +50,7 @@ ANALYSES = {
     "calibration": calibration.measure,
     "exact chains": exact_chains.measure,
     "greedy oracle": oracle_bound.measure,
+    "lexical units": lexical_unit_statistics.measure,
     "information": information.measure,
     "chosen masks": unmasking_observations.measure_ranks,
     "far masks": unmasking_observations.measure_far_masks,
@@ -70,16 +74,18 @@ class Models:
 def load_models(config: ConfigDict) -> Models:
     """Loads every role of `config.models`.
 
-    A model is a checkpoint directory, `random:SIZE`, or the name of a base model, which is
-    trained if no run on this machine has done so.
+    A model is a checkpoint directory, `random:SIZE`, the name of a base model, or a copy that is
+    fine-tuned (`config_parts.fine_tuned`); the last two are trained if no run on this machine has
+    done so.
     """
     sources: dict[str, str] = {}
     summaries = []
-    for role, source in config.models.items():
-        summary: dict[str, Any] = {"role": role, "source": source}
-        sources[role] = source
+    for role, model in config.models.items():
+        summary: dict[str, Any] = {"role": role, "source": fine_tuned_models.describe(model)}
+        source = sources[role] = fine_tuned_models.source_of(model)
         if source in base_models.RECIPES:
             sources[role] = str(base_models.ensure(source))
+        if source in base_models.RECIPES or source is not model:
             trained = json.loads((Path(sources[role]) / base_models.SUMMARY_FILE).read_text())
             summary |= {name: trained[name] for name in _SUMMARY if name in trained}
         summaries.append(summary)
@@ -218,6 +224,11 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     line["exact_match"] = exact_match(
                         models, measured[label]["result"], held_out.answers
                     )
+                if quality := config.get("quality"):
+                    line |= text_quality.measure(
+                        quality, models.configs, models.params, models.tokenizer,
+                        line["role"], measured[label]["result"], held_out.answers,
+                    )  # fmt: skip
                 lines.append(line)
             if batch_size == config.decode.batch_sizes[0]:
                 texts = {label: entry["result"][0].token_ids for label, entry in measured.items()}

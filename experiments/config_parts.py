@@ -11,7 +11,7 @@ def comparison(name: str) -> ConfigDict:
     config.seed = 0
 
     # A role's model: a named base model (trained on first use), a checkpoint directory in
-    # Hugging Face's format, or random:SIZE.
+    # Hugging Face's format, random:SIZE, or a copy that is fine-tuned on first use: `fine_tuned`.
     config.models = ConfigDict({"target": "code_target", "draft": "code_draft"})
     # What methods of `corpus=True` begin with: tri-grams of this split of `data.dataset`, or of
     # another dataset.
@@ -127,6 +127,22 @@ def feature_head(
     """
     parts = {"kind": "feature_head", "head": head, "objective": objective or {}}
     return ConfigDict({**parts, **(recipe or {})})
+
+
+def fine_tuned(
+    kind: str, start: str, settings: dict[str, object] | None = None, **recipe: object
+) -> ConfigDict:
+    """An entry of `config.models`: a fine-tuned copy of a model, made on first use.
+
+    Args:
+      kind: of `experiments.fine_tuned_models.KINDS`.
+      start: the model that it is a copy of: a named base model or a directory.
+      settings: of the kind: fields of `training.lexical_units.Units`, of
+        `models.layer_skipping.SkipSchedule`, or none.
+      recipe: fields of `training.target_features.PartRecipe`, `optimizer` as a dict of
+        `training.optimizers.from_fields`.
+    """
+    return ConfigDict({"kind": kind, "start": start, "settings": settings or {}, **recipe})
 
 
 def claim(

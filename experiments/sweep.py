@@ -32,6 +32,7 @@ _ERROR = "tokens_per_target_call_error"
 _QUALITY = {
     "exact_match": "exact match",
     "accuracy": "class accuracy",
+    "own_choices": "tokens as the model's own choice",
     "agreement": "tokens as plain decoding",
 }
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from decoding import methods
 from decoding.loop import ModelParams
 from decoding.unmasking import learned_filter
-from experiments import method_parts
+from experiments import fine_tuned_models, method_parts
 from models import exit_adapter as exit_adapter_model
 from models import feature_head as feature_head_model
 from models.config import TransformerConfig
@@ -81,7 +81,7 @@ def directory_of(config: ConfigDict, name: str) -> Path:
     if directory := entry.pop("directory", None):
         return Path(directory)
     try:
-        return KINDS[kind].ensure(config.models.target, entry)
+        return KINDS[kind].ensure(fine_tuned_models.source_of(config.models.target), entry)
     except (KeyError, TypeError) as error:
         raise InputError(f"config.parts.{name}: {error}") from None
 

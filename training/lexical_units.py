@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from models import masks, sharding, transformer
 from models.errors import InputError
 from training import branches, fitting, language_model, loop, losses
+from training.fine_tuned import Tuning
 from training.fitting import Batch, DeviceBatch, TrainConfig
 
 
@@ -33,6 +34,9 @@ class Units:
       branches: places a row that placeholders are put behind, drawn anew at every step.
       at_units: share of them that stand before a unit; the others are anywhere.
       weight: of what placeholders say, beside the text's own loss.
+      likeliest: a token of a unit was also the likeliest one.
+      headed: a unit begins with the token before the run, sure or not: a call always takes its
+        first token.
     """
 
     window: int = 5
@@ -41,6 +45,8 @@ class Units:
     branches: int = 16
     at_units: float = 0.5
     weight: float = 1.0
+    likeliest: bool = False
+    headed: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -108,16 +114,40 @@ def train(
     )
 
 
-def unit_lengths(confident: jnp.ndarray, window: int) -> jnp.ndarray:
+def confident_tokens(
+    logits: jnp.ndarray, batch: DeviceBatch, confidence: float, likeliest: bool = False
+) -> jnp.ndarray:
+    """Tokens that a model was sure of: bool [B, T].
+
+    Args:
+      logits: [B, T, V], of the model on the batch.
+      batch: see `language_model.train`; tokens of its `loss_mask` alone can be sure.
+      confidence: least p(x_t | x_<t).
+      likeliest: x_t must also be the likeliest token.
+    """
+    segments, targets = batch["segment_ids"], batch["targets"]
+    # p(x_t | x_<t) stands with token t - 1, whose target it is.
+    sure = jnp.exp(-losses.cross_entropy(logits, targets)) >= confidence
+    if likeliest:
+        sure &= logits.argmax(axis=-1) == targets
+    sure &= batch["loss_mask"] > 0
+    confident = jnp.roll(sure, 1, axis=1).at[:, 0].set(False)
+    return confident & (segments == jnp.roll(segments, 1, axis=1))
+
+
+def unit_lengths(confident: jnp.ndarray, window: int, headed: bool = False) -> jnp.ndarray:
     """For each token the length of the unit that begins with it, 0 where none does.
 
     Args:
       confident: bool [B, T].
       window: longest unit; longer runs are cut into pieces of so many.
+      headed: see `Units`.
 
     Returns:
       int32 [B, T]; units of one token are no units.
     """
+    if headed:
+        return _headed_lengths(confident, window)
     T = confident.shape[1]
     index = jnp.arange(T)
     # Where the run that a token is in begins: behind the last token that is not confident.
@@ -127,6 +157,21 @@ def unit_lengths(confident: jnp.ndarray, window: int) -> jnp.ndarray:
     end = jax.lax.cummin(later, axis=1, reverse=True)  # first token after the run
     length = jnp.minimum(end - index, window)
     begins = confident & (number % window == 0) & (length >= 2)
+    return jnp.where(begins, length, 0).astype(jnp.int32)
+
+
+def _headed_lengths(confident: jnp.ndarray, window: int) -> jnp.ndarray:
+    """Each run counted from the token before it, which is not sure itself."""
+    T = confident.shape[1]
+    index = jnp.arange(T)
+    head = jax.lax.cummax(jnp.where(confident, -1, index), axis=1)  # itself, where not sure
+    number = index - head
+    later = jnp.where(confident, T, index)
+    # First token after the run: of a head, the first unsure one behind it.
+    after = jnp.concatenate([later[:, 1:], jnp.full_like(later[:, :1], T)], axis=1)
+    end = jax.lax.cummin(after, axis=1, reverse=True)
+    length = jnp.minimum(end - index, window)
+    begins = (number % window == 0) & (head >= 0) & (length >= 2)
     return jnp.where(begins, length, 0).astype(jnp.int32)
 
 
@@ -185,13 +230,12 @@ def loss_fn(
         mask=masks.packed_causal(segments),
     ).logits
     assert old is not None
-    # p(x_t | x_<t) stands with token t - 1, whose target it is; a unit begins with its own token.
-    sure = jnp.exp(-losses.cross_entropy(old, targets)) >= units.confidence
-    sure &= mask > 0
-    confident = jnp.roll(sure, 1, axis=1).at[:, 0].set(False)
-    confident &= segments == jnp.roll(segments, 1, axis=1)
+    confident = confident_tokens(old, batch, units.confidence, units.likeliest)
     cut, counts = places(
-        unit_lengths(confident, units.window), mask > 0, units, fitting.step_key(config, step)
+        unit_lengths(confident, units.window, units.headed),
+        mask > 0,
+        units,
+        fitting.step_key(config, step),
     )
 
     pad = transformer.token_embeddings(model, params, jnp.array([units.pad_id]))
@@ -215,3 +259,12 @@ def loss_fn(
     by_branch = losses.masked_mean(nats, counted)
     metrics = {"text_loss": by_text, "branch_loss": by_branch}
     return by_text + units.weight * by_branch, metrics
+
+
+def tuning(units: Units) -> Tuning:
+    """For `fine_tuned.ensure`."""
+    return Tuning(
+        "lexical_units",
+        dataclasses.asdict(units),
+        lambda config, **run: train(config, units, **run),
+    )

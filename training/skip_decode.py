@@ -17,6 +17,7 @@ from models import masks, sharding
 from models.errors import InputError
 from models.layer_skipping import SkipSchedule, gated
 from training import fitting, language_model, loop, losses
+from training.fine_tuned import Tuning
 from training.fitting import Batch, DeviceBatch, TrainConfig
 
 
@@ -109,3 +110,12 @@ def generated(batch: DeviceBatch, prompt_tokens: int | None) -> jax.Array:
     before = jax.lax.cummax(jnp.where(begins, total - counts, 0), axis=1)
     within = total - before
     return jnp.where(within > 0, within - 1, -1)
+
+
+def tuning(schedule: SkipSchedule) -> Tuning:
+    """For `fine_tuned.ensure`, on answers (`loss_on='response'`)."""
+    return Tuning(
+        "skip_decode",
+        dataclasses.asdict(schedule),
+        lambda config, **run: train(config, schedule, **run),
+    )

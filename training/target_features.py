@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import jax
 from flax import struct
 
+from models import cache as kv
 from models import files, hf_checkpoint, masks, sharding, transformer
+from models.cache import KVCache
 from models.config import TransformerConfig
 from models.errors import InputError
 from models.tokenizer import Tokenizer
@@ -36,11 +38,13 @@ class Features(struct.PyTreeNode):
       streams: [B, T, D] each, residual streams after the layers that the part asked for.
       hidden: [B, T, D], after the final norm, which the head reads.
       mask: bool [B, T, T], attention within packed segments.
+      cache: keys and values of the batch's own tokens, in T slots; None for parts that read none.
     """
 
     streams: tuple[jax.Array, ...]
     hidden: jax.Array
     mask: jax.Array
+    cache: KVCache | None = None
 
 
 class Part(NamedTuple):
@@ -53,7 +57,10 @@ class Part(NamedTuple):
         further metrics, each []); means over `batch['loss_mask']`.
       save: (directory, parameters) -> None.
       settings: what determines it beside the target, as JSON can hold it.
-      collect: layer counts of the streams that it reads.
+      collect: layer counts of the streams that it reads; None for 0 to all.
+      cache: whether it reads the target's keys and values.
+      begin: (target's config, target's parameters, parameters) -> those that training begins with,
+        for parts that copy something of their target; None to begin with `init`'s.
     """
 
     name: str
@@ -61,24 +68,34 @@ class Part(NamedTuple):
     loss: Callable[..., tuple[jax.Array, loop.Metrics]]
     save: Callable[[pathlib.Path, Any], None]
     settings: Mapping[str, Any]
-    collect: tuple[int, ...] = ()
+    collect: tuple[int, ...] | None = ()
+    cache: bool = False
+    begin: Callable[[TransformerConfig, Any, Any], Any] | None = None
 
 
 def features(
-    config: TransformerConfig, params: Any, batch: DeviceBatch, collect: tuple[int, ...]
+    config: TransformerConfig,
+    params: Any,
+    batch: DeviceBatch,
+    collect: tuple[int, ...] | None,
+    with_cache: bool = False,
 ) -> Features:
     """Runs the target on packed rows without gradient."""
     mask = masks.packed_causal(batch["segment_ids"])
+    if collect is None:
+        collect = tuple(range(config.num_layers + 1))
     out = transformer.apply(
         config,
         jax.lax.stop_gradient(params),
         batch["tokens"],
         positions=batch["positions"],
         mask=mask,
+        key_positions=batch["positions"],
+        cache=kv.create(config, *batch["tokens"].shape) if with_cache else None,
         collect=collect,
         with_logits=False,
     )
-    return Features(out.collected, out.hidden, mask)
+    return Features(out.collected, out.hidden, mask, out.cache)
 
 
 def train(
@@ -111,6 +128,9 @@ def train(
     mesh = sharding.make_mesh(*config.mesh)
     frozen = jax.device_put(target_params, sharding.param_shardings(config.model, mesh))
     loss_fn = functools.partial(_loss, config, part)
+    initial = part.init(config.model, jax.random.key(config.seed))
+    if part.begin is not None:
+        initial = part.begin(config.model, target_params, initial)
     return fitting.fit(
         config,
         functools.partial(fitting.update, config, loss_fn),
@@ -122,7 +142,7 @@ def train(
         workdir=workdir,
         recorded={"part": part.name, "identity": identity},
         mesh=mesh,
-        initial_params=part.init(config.model, jax.random.key(config.seed)),
+        initial_params=initial,
         frozen=frozen,
         description=part.name,
     )
@@ -132,7 +152,7 @@ def _loss(
     config: TrainConfig, part: Part, params: Any, batch: DeviceBatch, step: jax.Array, frozen: Any
 ) -> tuple[jax.Array, loop.Metrics]:
     model = fitting.compute_config(config)
-    found = features(model, frozen, batch, part.collect)
+    found = features(model, frozen, batch, part.collect, part.cache)
     return part.loss(model, params, found, batch, frozen, fitting.step_key(config, step))
 
 
@@ -184,48 +204,12 @@ def ensure(
       SystemExit: as `train`.
     """
     cache = pathlib.Path(cache_dir) if cache_dir else files.cache_root()
-    directory = pathlib.Path(recipe.target)
-    if recipe.target in base_models.RECIPES:
-        directory = base_models.ensure(recipe.target, cache_dir=cache)
-    examples = {split: _examples(recipe, split, cache) for split in ("train", "validation")}
-    identity = {
-        "part": part.name,
-        **part.settings,
-        "recipe": dataclasses.asdict(recipe),
-        "target": artifacts.content_hash(directory),
-        "data": examples["train"].full_name,
-        "code_version": CODE_VERSION,
-    }
+    source = open_source(recipe, cache)
+    identity = {"part": part.name, **part.settings, **source.identity, "code_version": CODE_VERSION}
 
     def make(work: pathlib.Path, result: pathlib.Path) -> None:
-        model, params = hf_checkpoint.load(directory)
-        tokenizer = Tokenizer.from_directory(directory, model)
-        documents = {
-            split: batches.TokenizedDocuments(rows, tokenizer, loss_on=recipe.loss_on)
-            for split, rows in examples.items()
-        }
-        size: dict[str, Any] = {
-            "batch_size": recipe.batch_size,
-            "seq_len": recipe.sequence_length,
-        }
-        config = TrainConfig(
-            model=model,
-            optimizer=recipe.optimizer,
-            num_steps=recipe.num_steps,
-            batch_size=recipe.batch_size,
-            sequence_length=recipe.sequence_length,
-            seed=recipe.seed,
-        )
-        held_out = list(batches.eval_batches(documents["validation"], **size))
-        trained = train(
-            config,
-            part,
-            params,
-            train_batches=batches.train_batches(documents["train"], seed=recipe.seed, **size),
-            eval_batches=held_out[:: max(1, len(held_out) // recipe.eval_batches)],
-            workdir=work / "run",
-            identity=identity,
-        )
+        config, params, data = prepare(recipe, source)
+        trained = train(config, part, params, **data, workdir=work / "run", identity=identity)
         part.save(result, jax.device_get(trained.state.params))
         with checkpoints.disk_errors("cannot write the summary", result):
             checkpoints.write_json(
@@ -234,6 +218,62 @@ def ensure(
             )
 
     return artifacts.cached(cache / "parts" / f"{part.name}-{artifacts.digest(identity)}", make)
+
+
+class PartSource(NamedTuple):
+    """What a recipe names, found.
+
+    Attributes:
+      directory: of the target.
+      examples: by split, 'train' and 'validation'.
+      identity: what determines a training, as JSON can hold it.
+    """
+
+    directory: pathlib.Path
+    examples: Mapping[str, registry.Examples]
+    identity: Mapping[str, Any]
+
+
+def open_source(recipe: PartRecipe, cache: pathlib.Path) -> PartSource:
+    """The target, which is trained first if it has to be, and the text; errors as `ensure`."""
+    directory = pathlib.Path(recipe.target)
+    if recipe.target in base_models.RECIPES:
+        directory = base_models.ensure(recipe.target, cache_dir=cache)
+    examples = {split: _examples(recipe, split, cache) for split in ("train", "validation")}
+    identity = {
+        "recipe": dataclasses.asdict(recipe),
+        "target": artifacts.content_hash(directory),
+        "data": examples["train"].full_name,
+    }
+    return PartSource(directory, examples, identity)
+
+
+def prepare(recipe: PartRecipe, source: PartSource) -> tuple[TrainConfig, Any, dict[str, Any]]:
+    """The run, the target's parameters, and `train_batches` and `eval_batches` of packed text."""
+    model, params = hf_checkpoint.load(source.directory)
+    tokenizer = Tokenizer.from_directory(source.directory, model)
+    documents = {
+        split: batches.TokenizedDocuments(rows, tokenizer, loss_on=recipe.loss_on)
+        for split, rows in source.examples.items()
+    }
+    size: dict[str, Any] = {"batch_size": recipe.batch_size, "seq_len": recipe.sequence_length}
+    config = TrainConfig(
+        model=model,
+        optimizer=recipe.optimizer,
+        num_steps=recipe.num_steps,
+        batch_size=recipe.batch_size,
+        sequence_length=recipe.sequence_length,
+        seed=recipe.seed,
+    )
+    held_out = list(batches.eval_batches(documents["validation"], **size))
+    return (
+        config,
+        params,
+        {
+            "train_batches": batches.train_batches(documents["train"], seed=recipe.seed, **size),
+            "eval_batches": held_out[:: max(1, len(held_out) // recipe.eval_batches)],
+        },
+    )
 
 
 def _examples(recipe: PartRecipe, split: str, cache: pathlib.Path) -> registry.Examples:

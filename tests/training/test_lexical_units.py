@@ -39,6 +39,59 @@ def test_units_are_runs_cut_into_pieces(window):
     assert found.tolist() == [naive_units(row.tolist(), window) for row in rows]
 
 
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_headed_units_begin_with_the_token_before_the_run(window):
+    rng = np.random.default_rng(window)
+    rows = rng.random((6, 40)) < np.linspace(0.2, 0.95, 6)[:, None]
+    rows[0], rows[:, 0] = False, False
+    wanted = []
+    for row in rows.tolist():
+        found = [0] * 40
+        for head in range(40):
+            end = head + 1
+            while end < 40 and row[end]:
+                end += 1
+            if row[head] or end == head + 1:
+                continue
+            for begin in range(head, end, window):
+                piece = min(window, end - begin)
+                found[begin] = piece if piece >= 2 else 0
+        wanted.append(found)
+    assert lexical_units.unit_lengths(jnp.asarray(rows), window, headed=True).tolist() == wanted
+
+
+def test_units_are_of_the_models_own_confidence():
+    """Against naive NumPy; a lower bar, or another model, gives other units."""
+    batch = placed(make_batch(5))
+
+    @jax.jit
+    def logits_of(params):
+        return transformer.apply(
+            LONG, params, batch["tokens"], positions=batch["positions"],
+            mask=branches.masks.packed_causal(batch["segment_ids"]),
+        ).logits  # fmt: skip
+
+    @jax.jit
+    def found(logits):
+        bars = (0.02, 0.04, 0.08)
+        sure = [lexical_units.confident_tokens(logits, batch, least) for least in bars]
+        return *sure, lexical_units.confident_tokens(logits, batch, 0.0, likeliest=True)
+
+    logits = logits_of(START)
+    low, sure, high, best = map(np.asarray, found(logits))
+    p = np.exp(np.asarray(logits, np.float64))
+    p /= p.sum(-1, keepdims=True)
+    tokens, segments = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
+    counted = np.asarray(batch["loss_mask"]) > 0
+    for b, t in np.ndindex(tokens.shape):
+        same = t > 0 and segments[b, t] == segments[b, t - 1] and counted[b, t - 1]
+        assert sure[b, t] == (same and p[b, t - 1, tokens[b, t]] >= 0.04)
+        assert best[b, t] == (same and p[b, t - 1].argmax() == tokens[b, t])
+    assert low.sum() > sure.sum() > high.sum() > 0
+    other = found(logits_of(jax.tree.map(lambda x: -x, START)))[1]
+    assert not np.array_equal(other, sure)
+
+
 def test_branches_stand_before_units_and_anywhere():
     rng = np.random.default_rng(0)
     lengths = lexical_units.unit_lengths(jnp.asarray(rng.random((3, 30)) < 0.7), 3)
