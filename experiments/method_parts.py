@@ -15,7 +15,7 @@ from decoding import methods
 from decoding.dynamic_vocabulary import inverted_lists
 from decoding.loop import ModelParams
 from decoding.unmasking import learned_filter
-from models import exit_adapter, feature_head, medusa_heads, prompt_tokens
+from models import chimera_heads, exit_adapter, feature_head, medusa_heads, prompt_tokens
 from models.errors import InputError
 
 Directory = str | os.PathLike[str]
@@ -77,6 +77,12 @@ _PARTS = {
         lambda at, options, target: medusa_heads.load(at, target)[1],
         lambda options, target: medusa_heads.init(
             medusa_heads.MedusaConfig(options["heads"]), target, jax.random.key(_KEY)
+        ),
+    ),
+    chimera_heads.ROLE: _Part(
+        lambda at, options, target: chimera_heads.ChimeraHeads(*chimera_heads.load(at, target)),
+        lambda options, target: chimera_heads.fresh(
+            chimera_heads.ChimeraConfig(options["heads"]), target, jax.random.key(_KEY)
         ),
     ),
     prompt_tokens.ROLE: _Part(

@@ -46,17 +46,19 @@ def init(config: MedusaConfig, target: TransformerConfig, key: jax.Array) -> Any
     return params
 
 
+def head_kernel(target: TransformerConfig, target_params: Any) -> jnp.ndarray:
+    """The target's own head, float32 [D, V]."""
+    if target.tie_embeddings:
+        return target_params["embedder"]["embedding"].T.astype(jnp.float32)
+    return target_params["lm_head"]["kernel"].astype(jnp.float32)
+
+
 def with_head(target: TransformerConfig, target_params: Any, params: Any) -> Any:
     """Own heads that begin as copies of the target's; others are returned as they are."""
     if "head" not in params:
         return params
-    kernel = (
-        target_params["embedder"]["embedding"].T
-        if target.tie_embeddings
-        else target_params["lm_head"]["kernel"]
-    )
-    copies = jnp.broadcast_to(kernel, params["head"]["kernel"].shape).astype(jnp.float32)
-    return {**params, "head": {"kernel": copies}}
+    kernel = head_kernel(target, target_params)
+    return {**params, "head": {"kernel": jnp.broadcast_to(kernel, params["head"]["kernel"].shape)}}
 
 
 def apply(

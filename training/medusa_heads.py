@@ -33,6 +33,7 @@ def part(config: MedusaConfig) -> Part:
         loss,
         lambda directory, params: medusa_heads.save(directory, config, params),
         dataclasses.asdict(config),
+        begin=medusa_heads.with_head,
     )
 
 
@@ -46,21 +47,42 @@ def loss(
 ) -> tuple[jax.Array, loop.Metrics]:
     """Weighted mean over heads, each a mean over the tokens that have so many after them.
 
-    Metrics: `agreement_k`, how often head k's likeliest token is the data's.
+    Metrics: see `accuracy`.
     """
     del key
     frozen = jax.lax.stop_gradient(target_params)
     logits = medusa_heads.apply(config, frozen, params, features.hidden)
-    K, T = logits.shape[2], logits.shape[1]
-    segments, index = batch["segment_ids"], jnp.arange(T)
     total, weights, metrics = jnp.zeros(()), 0.0, {}
-    for k in range(K):
-        ahead = jnp.minimum(index + k + 1, T - 1)
-        targets, counts = batch["targets"][:, ahead], batch["loss_mask"][:, ahead]
-        counts = counts * (segments[:, ahead] == segments) * (index + k + 1 < T)
+    for k in range(logits.shape[2]):
+        _, targets, counts = ahead(batch, k)
         nats = losses.cross_entropy(logits[:, :, k], targets)
         total = total + DECAY**k * losses.masked_mean(nats, counts)
         weights += DECAY**k
-        right = logits[:, :, k].argmax(axis=-1) == targets
-        metrics[f"agreement_{k}"] = losses.masked_mean(right, counts)
+        metrics |= accuracy(logits[:, :, k], targets, counts, k)
     return total / weights, metrics
+
+
+def ahead(batch: DeviceBatch, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What head k guesses at each place of packed rows: the token k + 2 places on.
+
+    Returns:
+      int [T], the place k + 1 further on, whose next token that is, the last one beyond the end;
+      int [B, T], the token; float [B, T], whether it counts: it is of the same segment.
+    """
+    segments = batch["segment_ids"]
+    T = segments.shape[1]
+    index = jnp.arange(T) + k + 1
+    there = jnp.minimum(index, T - 1)
+    counts = batch["loss_mask"][:, there] * (segments[:, there] == segments) * (index < T)
+    return there, batch["targets"][:, there], counts
+
+
+def accuracy(logits: jax.Array, targets: jax.Array, counts: jax.Array, k: int) -> loop.Metrics:
+    """`agreement_k` and `top5_k`: how often the data's token is the head's likeliest, or among
+    its five likeliest."""
+    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    likelier = (logits > own).sum(axis=-1)
+    return {
+        f"agreement_{k}": losses.masked_mean(likelier == 0, counts),
+        f"top5_{k}": losses.masked_mean(likelier < 5, counts),
+    }
