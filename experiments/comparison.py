@@ -242,7 +242,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     if method.canvas is not None and config.decode.get("traces", True)
                 }  # fmt: skip
                 samples.append(sample)
-        checks = check_lossless(config, models, prompts, sampling, built, lines)
+        checks = check_lossless(config, models, params, prompts, sampling, built, lines)
         for line in lines:
             if line["temperature"] == temperature:
                 line["lossless"] = checks[line["label"]]
@@ -277,6 +277,7 @@ def exact_match(models: Models, rows: Sequence[Row], answers: Sequence[str]) -> 
 def check_lossless(
     config: ConfigDict,
     models: Models,
+    params: Mapping[str, ModelParams],
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     built: Mapping[str, Method],
@@ -284,6 +285,7 @@ def check_lossless(
 ) -> dict[str, dict[str, Any]]:
     """By label: how losslessness was checked at this temperature, and whether it held.
 
+    `params` are those that each method decodes with, its trained parts among them, by label.
     A method that decodes with another model than the target promises nothing about the target.
 
     Rows equal to the baseline's, token for token, are the strongest evidence and the only one at
@@ -312,7 +314,7 @@ def check_lossless(
             checks[label] = {"check": "not tested in this run"}
             continue
         test = lossless.chi_square(
-            method, models.params, models.configs["target"], prompts[0], sampling,
+            method, params[label], models.configs["target"], prompts[0], sampling,
             samples=config.lossless.samples, batch_size=config.lossless.batch_size,
             seed=config.seed,
         )  # fmt: skip

@@ -12,36 +12,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from decoding import prefill, randomness
+from decoding import randomness
 from decoding.autoregressive import pending_tokens
 from decoding.loop import DecodeState, Method, ModelParams
 from decoding.method_spec import Configs, MethodSpec, Option
 from decoding.sampling import SamplingConfig, draw, log_probs, penalise, seen_tokens
-from decoding.speculative import verification
+from decoding.speculative import exit_state, verification
 from decoding.speculative.drafting import Begun, Draft, Drafter
+from decoding.speculative.exit_state import ExitState
+from decoding.speculative.kangaroo_tree import kangaroo_tree_drafter
 from decoding.speculative.method import speculative
 from decoding.speculative.tree import DraftTree, chain
 from models import cache as kv
-from models import exit_adapter, transformer
+from models import transformer
 from models.config import TransformerConfig
-from models.errors import InputError
 from models.exit_adapter import ROLE
-
-
-class KangarooState(struct.PyTreeNode):
-    """What the drafter keeps.
-
-    Attributes:
-      cache: the adapter's keys and values, one layer.
-      carry: [B, D], the residual stream of the last token before the pending one. It is fed to the
-        adapter again with the pending token's: after a round whose drafts were all kept the
-        adapter has not seen it, and twice changes nothing.
-    """
-
-    cache: kv.KVCache
-    carry: jnp.ndarray
 
 
 class _Turn(NamedTuple):
@@ -94,50 +80,21 @@ def kangaroo_drafter(
     Raises:
       InputError: the exit leaves no layer above it.
     """
-    if not 1 <= exit_layer < config.num_layers:
-        raise InputError(
-            f"exit_layer: {exit_layer} must be between 1 and {config.num_layers - 1}, below the "
-            f"target's {config.num_layers} layers"
-        )
+    exit_state.check_exit(config, exit_layer)
     samples = purpose == randomness.DRAFT and not sampling.greedy
     E, V = num_draft, config.vocab_size
 
-    def init(batch: int, slots: int) -> KangarooState:
-        return KangarooState(
-            kv.create(config, batch, slots, num_layers=1),
-            jnp.zeros((batch, config.embed_dim), config.compute_dtype),
-        )
-
-    def adapt(
-        params: ModelParams, x: jnp.ndarray, cache: kv.KVCache, first: jnp.ndarray
-    ) -> tuple[jnp.ndarray, kv.KVCache]:
-        """The adapter on streams x [B, T, D] of positions first [B] on."""
-        found, written = exit_adapter.apply(
-            config,
-            params[ROLE],
-            x,
-            positions=first[:, None] + jnp.arange(x.shape[1]),
-            cache=kv.truncate(cache, first),
-        )
-        assert written is not None
-        return found, written
-
     def read(
         params: ModelParams,
-        inner: KangarooState,
+        inner: ExitState,
         tokens: jnp.ndarray,
         lengths: jnp.ndarray,
         streams: jnp.ndarray,
-    ) -> KangarooState:
-        def part(first: jnp.ndarray, size: int, cache: kv.KVCache) -> kv.KVCache:
-            x = jax.lax.dynamic_slice_in_dim(streams, first, size, axis=1)
-            return adapt(params, x, cache, jnp.full_like(lengths, first))[1]
+    ) -> ExitState:
+        del tokens
+        return exit_state.read(config, params, inner, lengths, streams)
 
-        cache = prefill.in_parts(tokens.shape[1], part, inner.cache)
-        carry = verification.rows(streams, jnp.maximum(lengths - 1, 0))
-        return KangarooState(kv.truncate(cache, jnp.maximum(lengths - 1, 0)), carry)
-
-    def propose(params: ModelParams, inner: KangarooState, state: DecodeState) -> Draft:
+    def propose(params: ModelParams, inner: ExitState, state: DecodeState) -> Draft:
         base = state.inner.target.lengths  # where the pending token stands
         batch = len(base)
 
@@ -184,7 +141,7 @@ def kangaroo_drafter(
         def extend(carry: tuple[_Turn, jnp.ndarray]) -> tuple[_Turn, jnp.ndarray]:
             turn, i = carry
             x = jax.lax.dynamic_slice_in_dim(turn.streams, i, 1, axis=1)
-            hidden, adapter = adapt(params, x, turn.adapter, base + i)
+            hidden, adapter = exit_state.adapt(config, params, x, turn.adapter, base + i)
             return decide(turn._replace(adapter=adapter), hidden[:, 0], i), i + 1
 
         seen = None
@@ -201,23 +158,13 @@ def kangaroo_drafter(
             writing=state.active,
         )
         turn = shallow(turn, pending_tokens(state), 0)
-        # A row of one token has its pending token in the first of the two places.
-        alone = (base == 0)[:, None]
-        first_two = jnp.stack(
-            [
-                jnp.where(alone, turn.streams[:, 0], inner.carry),
-                turn.streams[:, 0],
-            ],
-            axis=1,
-        )
-        hidden, adapter = adapt(params, first_two, turn.adapter, jnp.maximum(base - 1, 0))
-        hidden = jnp.where(alone, hidden[:, 0], hidden[:, 1])
+        hidden, adapter = exit_state.at_pending(config, params, inner, turn.streams[:, 0], base)
         turn = decide(turn._replace(adapter=adapter), hidden, 0)
         turn, _ = jax.lax.while_loop(proceed, extend, (turn, jnp.int32(1)))
         tree = chain(
             pending_tokens(state), turn.drafts, jnp.arange(E) < turn.written[:, None], turn.log_q
         )
-        kept = KangarooState(kv.truncate(turn.adapter, inner.cache.lengths), inner.carry)
+        kept = ExitState(kv.truncate(turn.adapter, inner.cache.lengths), inner.carry)
         return Draft(
             tree,
             (kept, turn.streams),
@@ -230,16 +177,16 @@ def kangaroo_drafter(
         )
 
     def observe(
-        inner: tuple[KangarooState, jnp.ndarray],
+        inner: tuple[ExitState, jnp.ndarray],
         tree: DraftTree,
         verdict: verification.Verdict,
         output: transformer.Output,
         active: jnp.ndarray,
-    ) -> KangarooState:
+    ) -> ExitState:
         kept, streams = inner
         assert output.cache is not None
         last = verification.rows(streams, verdict.count - 1)
-        return KangarooState(
+        return ExitState(
             # The last accepted token is fed again, so the adapter holds all that are before it.
             kv.truncate(
                 kept.cache,
@@ -253,7 +200,7 @@ def kangaroo_drafter(
         num_nodes=E + 1,
         max_depth=E,
         law=verification.CHAIN if samples else verification.DETERMINISTIC,
-        init=init,
+        init=functools.partial(exit_state.create, config),
         prefill=read,
         propose=propose,
         observe=observe,
@@ -263,18 +210,18 @@ def kangaroo_drafter(
 
 
 def _build(configs: Configs, sampling: SamplingConfig, options: Mapping[str, Any]) -> Method:
-    # At temperature 0 both rules are one: keep the draft that equals the target's arg-max.
-    rule = "exact_match" if sampling.greedy else options["rule"]
-    purpose = randomness.SAMPLE if rule == "exact_match" else randomness.DRAFT
-    drafter = kangaroo_drafter(
-        configs["target"],
-        options["exit_layer"],
-        options["num_draft"],
-        options["threshold"],
-        sampling,
-        purpose,
-    )
-    return speculative("kangaroo", configs["target"], drafter, rule, sampling)
+    config, layer, eta = configs["target"], options["exit_layer"], options["threshold"]
+    # At temperature 0 both rules are one: keep the draft that equals the target's arg-max. The
+    # nodes of a tree are the likeliest ones, not drawn: exact match is what is right for them.
+    tree = options["width"] > 1
+    rule = "exact_match" if sampling.greedy or tree else options["rule"]
+    if tree:
+        width = min(options["width"], config.vocab_size)
+        drafter = kangaroo_tree_drafter(config, layer, width, options["num_draft"], eta, sampling)
+    else:
+        purpose = randomness.SAMPLE if rule == "exact_match" else randomness.DRAFT
+        drafter = kangaroo_drafter(config, layer, options["num_draft"], eta, sampling, purpose)
+    return speculative("kangaroo", config, drafter, rule, sampling)
 
 
 SPEC = MethodSpec(
@@ -282,11 +229,12 @@ SPEC = MethodSpec(
     ("target",),
     {
         "exit_layer": Option(2, "layers that draft; the adapter is trained for them", minimum=1),
-        "num_draft": Option(6, "most tokens drafted a round", minimum=1),
+        "num_draft": Option(6, "most tokens drafted a round, or levels of a tree", minimum=1),
         "threshold": Option(0.6, "drafting stops below this probability; 0 never", minimum=0.0),
+        "width": Option(1, "drafts of a level; above 1 a tree, verified by exact match", minimum=1),
         "rule": Option(
             "speculative_sampling",
-            "verification rule; exact_match gives plain decoding's own tokens",
+            "verification rule of a chain; exact_match gives plain decoding's own tokens",
             choices=("speculative_sampling", "exact_match"),
         ),
     },

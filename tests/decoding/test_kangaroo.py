@@ -12,6 +12,7 @@ from decoding import generation, loop, randomness, stopping
 from decoding.prefill import prefill
 from decoding.sampling import SamplingConfig
 from decoding.speculative.kangaroo import kangaroo_drafter
+from decoding.speculative.kangaroo_tree import kangaroo_tree_drafter
 from decoding.speculative.method import speculative
 from models import cache as kv
 from models import exit_adapter, masks, transformer
@@ -46,6 +47,30 @@ def decode(method: loop.Method, kind: str = "attention", **more: Any) -> list:
 @pytest.mark.parametrize("kind", exit_adapter.KINDS)
 def test_text_is_plain_decodings_whatever_the_adapter_says(kind):
     assert tuple(map(tuple, tiny.texts(decode(build(), kind)))) == tiny.plain_greedy()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 1.5])
+def test_text_of_a_tree_is_plain_decodings(threshold, temperature):
+    rows = decode(build(temperature, threshold=threshold, width=3), seed=4)
+    plain = tiny.decode(tiny.build("autoregressive", temperature), seed=4)
+    assert tiny.texts(rows) == tiny.texts(plain)
+    for row in rows:
+        counts = row.stats
+        assert counts["shallow_calls"] == counts["target_calls"] + counts["draft_calls"]
+        assert counts["layers_run"] == counts["shallow_calls"] + counts["target_calls"]
+        levels = counts["draft_calls"] / counts["target_calls"]
+        assert threshold == 0.1 or levels == (1 if threshold > 1 else E)
+    assert sum(sum(row.stats["accepted"]) for row in rows) > 0
+
+
+def test_a_tree_keeps_more_a_round_than_a_chain():
+    """Its likeliest path is the chain, and there are others beside it."""
+    rounds = [
+        sum(row.stats["target_calls"] for row in decode(build(threshold=0.0, width=width)))
+        for width in (1, 3)
+    ]
+    assert rounds[1] < rounds[0]
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5])
@@ -97,10 +122,14 @@ def test_drafting_stops_at_an_end_of_text_inside_accepted_drafts():
             assert row.token_ids == list(whole[:cut])
 
 
-def test_caches_equal_those_of_a_fresh_pass():
+@pytest.mark.parametrize("width", [1, 3])
+def test_caches_equal_those_of_a_fresh_pass(width):
     """After any number of rounds: the target's of the committed text, the adapter's but for what
     the next round feeds it again."""
-    drafter = kangaroo_drafter(tiny.TARGET, 1, E, 0.05, SamplingConfig(), randomness.SAMPLE)
+    if width > 1:
+        drafter = kangaroo_tree_drafter(tiny.TARGET, 1, width, E, 0.05, SamplingConfig())
+    else:
+        drafter = kangaroo_drafter(tiny.TARGET, 1, E, 0.05, SamplingConfig(), randomness.SAMPLE)
     method = speculative("kangaroo", tiny.TARGET, drafter, "exact_match", SamplingConfig())
     slots, model, counts = 64, models(), []
     state = tiny.start(method, model, tiny.PROMPTS, slots=slots, buffer=64)
