@@ -4,7 +4,7 @@
     python -m experiments.sweep --config=experiments/configs/kangaroo.py:offline --workdir=runs/ks
 
 Compares exit layers, thresholds of the second exit, and kinds of adapters with plain decoding and
-n-gram lookup. The default preset has the published settings for a Vicuna-7B of your own (exit after
+n-gram lookup, and chains with a tree. The default preset has the published settings for a Vicuna-7B of your own (exit after
 2 of 32 layers, at most 6 drafts, threshold 0.6) and trains its adapter on text of your own as
 published (AdamW, learning rate 5e-5); `:offline` is an embedded model of 8 layers on Python code,
 whose adapters train in a minute or two each.
@@ -59,6 +59,8 @@ def get_config(preset: str = "") -> ConfigDict:
         *(_kangaroo(f"exit {layer}", layer) for layer in LAYERS),
         *(_kangaroo(f"threshold {eta:g}", 2, eta) for eta in THRESHOLDS if eta != 0.6),
         *(_kangaroo(_NAMES[kind], 2, kind=kind) for kind in KINDS),
+        # Four nodes a level; a path is followed while it is likelier than one in ten.
+        _kangaroo("tree", 2, 0.1, width=4, num_draft=4),
     )
     zero: dict[str, Any] = {"temperature": 0.0}
     calls = "tokens_per_target_call"
@@ -68,6 +70,7 @@ def get_config(preset: str = "") -> ConfigDict:
         claim("exit 4", calls, 1.0, over="exit 2", **zero),
         claim("threshold 0", calls, 1.0, over="exit 2", **zero),
         claim("exit 2", calls, 1.0, over="threshold 0.9", **zero),
+        claim("tree", calls, 1.0, over="exit 2", **zero),
         claim("exit 2", calls, 1.0, over=_NAMES["mlp"], **zero),
         claim("exit 2", calls, 1.1, over=_NAMES["norm"], **zero),
         claim("exit 2", "speedup", 1.0, **zero),
@@ -79,14 +82,14 @@ def _part(layer: int, kind: str = "attention") -> str:
     return f"exit {layer}, {kind}"
 
 
-def _kangaroo(label: str, layer: int, eta: float = 0.6, kind: str = "attention") -> ConfigDict:
+def _kangaroo(
+    label: str, layer: int, eta: float = 0.6, kind: str = "attention", **options: int
+) -> ConfigDict:
     return method(
         label,
         "kangaroo",
         part=_part(layer, kind),
-        exit_layer=layer,
-        num_draft=DRAFTS,
-        threshold=eta,
+        **{"exit_layer": layer, "num_draft": DRAFTS, "threshold": eta, **options},
     )
 
 
