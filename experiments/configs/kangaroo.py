@@ -3,11 +3,11 @@
     python -m experiments.run --config=experiments/configs/kangaroo.py:offline --workdir=runs/k
     python -m experiments.sweep --config=experiments/configs/kangaroo.py:offline --workdir=runs/ks
 
-Compares exit layers, thresholds of the second exit, and kinds of adapters with plain decoding and
-n-gram lookup, and chains with a tree. The default preset has the published settings for a Vicuna-7B of your own (exit after
-2 of 32 layers, at most 6 drafts, threshold 0.6) and trains its adapter on text of your own as
-published (AdamW, learning rate 5e-5); `:offline` is an embedded model of 8 layers on Python code,
-whose adapters train in a minute or two each.
+Compares exit layers, thresholds of the second exit, kinds of adapters, and a tree, with plain
+decoding and n-gram lookup. The default preset has the published settings for a Vicuna-7B of your
+own (exit after 2 of 32 layers, at most 6 drafts, threshold 0.6) and trains its adapter on text of
+your own as published (AdamW, learning rate 5e-5); `:offline` is an embedded model of 8 layers on
+Python code, whose adapters train in a minute or two each.
 """
 
 from typing import Any
