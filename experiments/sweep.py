@@ -1,13 +1,26 @@
 """Runs the sweep of a config: each setting is an experiment of its own, then one page for all.
 
     python -m experiments.sweep --config=experiments/configs/rsd.py:offline --workdir=runs/rsd_sweep
+    python -m experiments.sweep --config=... --workdir=... --workers=4   # four processes at a time
+    python -m experiments.sweep --config=... --workdir=... --setting=3   # one, elsewhere perhaps
+    python -m experiments.sweep --config=... --workdir=... --collect     # and the page of all
 
 The config file's `sweep()` returns a list of overrides (dotted field -> value; `name` labels the
 setting). Settings that have results already are not run again, so a sweep that was stopped goes on.
+A setting that fails is named at the end, and the exit status is then 1; the others are run all the
+same.
+
+One worker runs all settings in this process, which keeps what it has loaded and compiled. More are
+a process for each setting, whose output is in `NNN.log` of the work directory. They share a GPU's
+memory, and only one process at a time can have a TPU.
 """
 
+import csv
 import importlib.util
+import io
 import json
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +37,19 @@ _CONFIG = flags.DEFINE_string(
     "config", None, "Config file, optionally with a preset: x.py:preset.", flag_values=FLAGS
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all results.", flag_values=FLAGS)
+_WORKERS = flags.DEFINE_integer(
+    "workers", 1, "Settings run at a time; above 1, in processes.", 1, 1024, flag_values=FLAGS
+)
+_SETTING = flags.DEFINE_integer(
+    "setting", None, "Run this setting only, by number from 0; no page.", 0, flag_values=FLAGS
+)
+_COLLECT = flags.DEFINE_bool(
+    "collect", False, "Run nothing; write the page of what has results.", flag_values=FLAGS
+)
 
 SWEEP_FILE = "sweep.json"
+TABLE_FILE = "sweep.csv"
+FAILED = 1  # exit status when a setting failed
 _METRICS = {"tokens_per_target_call": "tokens per target call", "speedup": "speed-up"}
 _ERROR = "tokens_per_target_call_error"
 # What a method that is not lossless gives away for speed; 'exact_match' where answers are known.
@@ -176,44 +200,160 @@ def trade_offs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return charts
 
 
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The runs as CSV: a line each, a column for whatever any of them has."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for run in runs for name in run))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(runs)
+    return text.getvalue()
+
+
+_PAGE = """<!doctype html><meta charset=utf-8><title>{{ title }}</title>
+<body style='font:15px system-ui;max-width:900px;margin:2rem auto'><h1>{{ title }}</h1>
+{% for name, why in failed.items() %}<p><b>{{ name }}</b> failed: {{ why }}</p>{% endfor %}
+{% for chart in charts %}{{ chart|safe }}{% endfor %}
+<table style='font-size:13px;border-spacing:1em 0'>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></body>
+"""
+
+
 def write(workdir: Path, collected: Mapping[str, Any]) -> Path:
-    """Writes `sweep.json`, `sweep.html` and a picture of its charts."""
+    """Writes `sweep.json`, the table `sweep.csv`, a picture of the charts, and a page of it all."""
     from experiments import plots, results
 
     results.write_text(workdir / SWEEP_FILE, json.dumps(collected, indent=1) + "\n")
+    lines = table(collected["runs"])
+    results.write_text(workdir / TABLE_FILE, lines)
     charts = figures(collected)
-    page = jinja2.Environment(autoescape=True).from_string(
-        "<!doctype html><meta charset=utf-8><title>{{ title }}</title>"
-        "<body style='font:15px system-ui;max-width:900px;margin:2rem auto'><h1>{{ title }}</h1>"
-        "{% for chart in charts %}{{ chart|safe }}{% endfor %}</body>"
+    page = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    html = page.render(
+        title=workdir.name,
+        failed=collected.get("failed", {}),
+        charts=[plots.svg(plots.lines(chart)) for chart in charts],
+        rows=[[_short(cell) for cell in row] for row in csv.reader(io.StringIO(lines))],
     )
-    drawn = [plots.svg(plots.lines(chart)) for chart in charts]
-    results.write_text(workdir / "sweep.html", page.render(title=workdir.name, charts=drawn))
+    results.write_text(workdir / "sweep.html", html)
     if charts:
         plots.write_png(plots.panels(charts), workdir / "sweep.png")
     return workdir / "sweep.html"
 
 
-def execute(configs: Sequence[ConfigDict], workdir: Path) -> dict[str, Any]:
-    """Runs every setting that has no results yet, and writes the sweep's page."""
+def _short(cell: str) -> str:
+    """A number of the table with four digits; anything else as it is."""
+    try:
+        return f"{float(cell):.4g}"
+    except ValueError:
+        return cell
+
+
+def directory_of(workdir: Path, number: int) -> Path:
+    """The work directory of a setting."""
+    return workdir / f"{number:03d}"
+
+
+def finished(configs: Sequence[ConfigDict], workdir: Path) -> dict[int, dict[str, Any]]:
+    """The results of the settings that have any, by number.
+
+    Raises:
+      InputError: results in the work directory are of another config.
+    """
+    from experiments import results
+
+    found = {}
+    for number, config in enumerate(configs):
+        directory = directory_of(workdir, number)
+        if (directory / results.RESULTS_FILE).exists():
+            found[number] = results.read(directory)
+            if found[number]["config"] != json.loads(config.to_json()):
+                raise InputError(f"workdir: {directory} holds results of another config")
+    return found
+
+
+def run_here(
+    configs: Sequence[ConfigDict], numbers: Sequence[int], workdir: Path
+) -> dict[int, str]:
+    """Runs settings in this process, one after another; returns why some failed, by number."""
     import jax
 
-    from experiments import results, run
+    from experiments import run
 
-    found = []
-    for number, config in enumerate(configs):
-        directory = workdir / f"{number:03d}"
-        logging.info("setting %d of %d: %s", number + 1, len(configs), config.name)
-        if (directory / results.RESULTS_FILE).exists():
-            recorded = results.read(directory)
-            if recorded["config"] != json.loads(config.to_json()):
-                raise InputError(f"workdir: {directory} holds results of another config")
-            found.append(recorded)
+    failed = {}
+    for number in numbers:
+        logging.info("setting %d of %d: %s", number + 1, len(configs), configs[number].name)
+        try:
+            run.execute(configs[number], directory_of(workdir, number))
+        except Exception as error:  # whatever it is, the other settings are not to blame
+            failed[number] = f"{type(error).__name__}: {error}".splitlines()[0]
+            if not isinstance(error, InputError):
+                logging.error("setting %d failed\n%s", number, traceback.format_exc())
+        # Some hundred loaded programs use up the memory maps that a process may have.
+        jax.clear_caches()
+    return failed
+
+
+def run_apart(
+    argument: str,
+    configs: Sequence[ConfigDict],
+    numbers: Sequence[int],
+    workdir: Path,
+    workers: int,
+) -> dict[int, str]:
+    """As `run_here`, with a process for every setting and so many `workers` at a time."""
+    from experiments import sweep_workers
+
+    module = ("-m", "experiments.sweep", f"--config={argument}", f"--workdir={workdir}")
+    tasks = {
+        number: sweep_workers.Task(
+            sweep_workers.python(*module, f"--setting={number}"), workdir / f"{number:03d}.log"
+        )
+        for number in numbers
+    }
+
+    def done(number: int, status: int) -> None:
+        logging.info("setting %d, %s: exit status %d", number, configs[number].name, status)
+
+    statuses = sweep_workers.run(tasks, workers, done)
+    return {
+        number: f"exit status {status}: {sweep_workers.last_words(tasks[number].log)}"
+        for number, status in sorted(statuses.items())
+        if status
+    }
+
+
+def execute(
+    configs: Sequence[ConfigDict],
+    workdir: Path,
+    *,
+    argument: str | None = None,
+    workers: int = 1,
+    collect_only: bool = False,
+) -> dict[str, Any]:
+    """Runs every setting that has no results yet, and writes the sweep's page.
+
+    Args:
+      configs: of `settings`.
+      workdir: of the sweep; a setting's own is `directory_of` it.
+      argument: what `configs` were read from; needed for more than one worker.
+      workers: settings at a time; above 1, each in a process of its own.
+      collect_only: run nothing.
+
+    Returns:
+      What `collect` makes of all results, and `failed`: why, by the setting's name.
+    """
+    missing = sorted(set(range(len(configs))) - set(finished(configs, workdir)))
+    failed: dict[int, str] = {}
+    if missing and not collect_only:
+        if workers == 1:
+            failed = run_here(configs, missing, workdir)
         else:
-            found.append(run.execute(config, directory))
-            # Some hundred loaded programs use up the memory maps that a process may have.
-            jax.clear_caches()
-    collected = collect(found)
+            assert argument is not None
+            failed = run_apart(argument, configs, missing, workdir, workers)
+    collected = collect(list(finished(configs, workdir).values()))
+    if failed:
+        collected["failed"] = {configs[number].name: why for number, why in failed.items()}
     write(workdir, collected)
     return collected
 
@@ -224,12 +364,32 @@ def _quality(run: Mapping[str, Any]) -> str:
     return "".join(f"  {run[name]:.1%} {text}" for name, text in _QUALITY.items() if name in run)
 
 
-def main(argv: list[str]) -> None:
+def _run_one(configs: Sequence[ConfigDict], number: int, workdir: Path) -> None:
+    """One setting, unless it has results; its error is this program's."""
+    from experiments import run
+
+    if number >= len(configs):
+        raise InputError(f"setting: {number} is not there; allowed: 0 to {len(configs) - 1}")
+    if number not in finished(configs, workdir):
+        run.execute(configs[number], directory_of(workdir, number))
+
+
+def main(argv: list[str]) -> int | None:
     cli.no_arguments(argv)
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise InputError(f"--{'config' if _CONFIG.value is None else 'workdir'}: missing")
     workdir = Path(_WORKDIR.value)
-    collected = execute(settings(_CONFIG.value), workdir)
+    configs = settings(_CONFIG.value)
+    if _SETTING.value is not None:
+        _run_one(configs, _SETTING.value, workdir)
+        return None
+    collected = execute(
+        configs,
+        workdir,
+        argument=_CONFIG.value,
+        workers=_WORKERS.value,
+        collect_only=_COLLECT.value,
+    )
     for r in collected["runs"]:
         print(
             f"{r['setting']:<20} {r['label']:<28} T={r['temperature']:<4g} "
@@ -241,6 +401,9 @@ def main(argv: list[str]) -> None:
             told = "  ".join(f"{label} {value:.4g}" for label, value in labels.items())
             print(f"{setting:<20} {score}: {told}")
     print(f"report: {workdir / 'sweep.html'}")
+    for name, why in collected.get("failed", {}).items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    return FAILED if collected.get("failed") else None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,14 @@
 """Sweeps: settings from a config file, results of each, one page for all."""
 
+import csv
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,7 +16,7 @@ import pytest
 
 from decoding.speculative.tree import DraftTree
 from decoding.speculative.verification import Verdict
-from experiments import calibration, plots, results, sweep
+from experiments import calibration, cli, plots, results, sweep, sweep_workers
 from models import hf_checkpoint, sizes, transformer
 from models.errors import InputError
 
@@ -69,6 +77,123 @@ def test_every_setting_is_run_once_and_shown_together(tmp_path, checkpoint):
     first = (work / "000" / "results.json").read_text()
     assert sweep.execute(configs, work) == found  # nothing is run again
     assert (work / "000" / "results.json").read_text() == first
+
+
+def program(monkeypatch, capsys, *arguments):
+    """`experiments.sweep` in this process: (exit status, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["sweep", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.run_main(sweep.main, sweep.FLAGS)
+    return (end.value.code or 0, *capsys.readouterr())
+
+
+def test_workers_leave_others_alone_when_a_setting_dies(tmp_path, checkpoint, monkeypatch, capsys):
+    """Three processes: one killed outright, one of bad input. A second run makes up for both."""
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        CONFIG.format(checkpoint=str(checkpoint), field="name").replace(
+            "def sweep():",
+            """def sweep():
+    import os
+    import sys
+    bad = os.environ.get("BREAK_SWEEP")
+    if bad and "--setting=0" in sys.argv:
+        os.kill(os.getpid(), 9)
+    return [
+        {"name": "killed"},
+        {"name": "bad", "decode.methods": (method("tree", "no_such" if bad else "top_tree"),)},
+        {"name": "good"},
+    ]
+
+
+def unused():""",
+        )
+    )
+    work = tmp_path / "work"
+    flags = (f"--config={path}", f"--workdir={work}", "--workers=2")
+    monkeypatch.setenv("BREAK_SWEEP", "1")
+    status, out, err = program(monkeypatch, capsys, *flags)
+    assert status == sweep.FAILED
+    assert "failed: killed: exit status 137" in err and "failed: bad: exit status 2" in err
+    assert "no_such" in err and "good" in out
+    with (work / "sweep.csv").open() as file:
+        assert [row["setting"] for row in csv.DictReader(file)] == ["good"]
+    page = (work / "sweep.html").read_text()
+    assert "<b>killed</b> failed" in page and "<td>good</td>" in page
+    good = (work / "002" / "results.json").stat().st_mtime_ns
+    monkeypatch.delenv("BREAK_SWEEP")
+    shutil.rmtree(work / "001")  # begun with the bad config, which it would hold on to
+    status, out, err = program(monkeypatch, capsys, *flags[:2])
+    assert status == 0 and "killed" in out and "failed" not in err
+    assert (work / "002" / "results.json").stat().st_mtime_ns == good
+
+
+def test_a_setting_is_run_by_number_and_the_page_is_written_later(
+    tmp_path, checkpoint, monkeypatch, capsys
+):
+    """As work units elsewhere do it; a setting that fails in this process is named as well."""
+    path = write_config(tmp_path, checkpoint)
+    work = tmp_path / "work"
+    flags = (f"--config={path}", f"--workdir={work}")
+    status, _, err = program(monkeypatch, capsys, *flags, "--setting=2")
+    assert status == cli.BAD_INPUT and "setting: 2 is not there; allowed: 0 to 1" in err
+    assert program(monkeypatch, capsys, *flags, "--setting=1")[0] == 0
+    assert not (work / "sweep.json").exists()
+    status, out, _ = program(monkeypatch, capsys, *flags, "--collect")
+    assert status == 0 and "wide" in out and "narrow" not in out
+    # Something else is in the way of setting 0.
+    (work / "000").write_text("")
+    status, out, err = program(monkeypatch, capsys, *flags)
+    assert status == sweep.FAILED and "failed: narrow: " in err and "wide" in out
+    (work / "000").unlink()
+    status, out, err = program(monkeypatch, capsys, *flags)
+    assert status == 0 and "narrow" in out and "failed" not in err
+    assert "failed" not in json.loads((work / "sweep.json").read_text())
+
+
+def test_no_more_workers_than_asked_and_what_they_print_is_kept(tmp_path):
+    """Tasks note when they begin and end; at no time do three of five overlap."""
+    code = (
+        "import pathlib, sys, time; p = pathlib.Path(sys.argv[1]); a = time.time();"
+        "time.sleep(0.3); p.write_text(f'{a} {time.time()}'); print('done', p.name); sys.exit(3)"
+    )
+    tasks = {
+        n: sweep_workers.Task(
+            sweep_workers.python("-c", code, str(tmp_path / str(n))), tmp_path / f"{n}.log"
+        )
+        for n in range(5)
+    }
+    ended = []
+    statuses = sweep_workers.run(tasks, 2, lambda number, status: ended.append(number))
+    assert statuses == dict.fromkeys(range(5), 3) and sorted(ended) == list(range(5))
+    spans = [tuple(map(float, (tmp_path / str(n)).read_text().split())) for n in range(5)]
+    overlaps = [sum(a <= begin < b for a, b in spans) for begin, _ in spans]
+    assert max(overlaps) == 2
+    assert sweep_workers.last_words(tasks[4].log) == "done 4"
+    assert sweep_workers.last_words(tmp_path / "none") == "it printed nothing"
+
+
+def test_a_terminated_sweep_lets_its_workers_save(tmp_path):
+    """SIGTERM to the parent: the worker gets it too, has time to end, and the status says so."""
+    worker = (
+        "import pathlib, signal, sys, time\n"
+        "def end(*_): pathlib.Path('saved').write_text(''); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, end); pathlib.Path('begun').write_text('')\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "worker.py").write_text(worker)
+    parent = (
+        "from pathlib import Path; from experiments import sweep_workers as w;"
+        "w.run({n: w.Task(w.python('worker.py'), Path(f'{n}.log')) for n in range(3)}, 1)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(sweep.__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert (tmp_path / "saved").exists() and not (tmp_path / "1.log").exists()
 
 
 def test_mistakes_in_a_sweep_are_named(tmp_path, checkpoint):
