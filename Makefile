@@ -8,7 +8,8 @@ WORKERS ?= 2
 # Systems with an offline reproduction.
 SYSTEMS := spectr rsd dyspec token_recycling aded bild \
   learn2pd ete window_diffusion llada21 enat mulo_sd \
-  hat learn_your_tokens byte2word dynamic_tokenization zett lexinvariant
+  hat learn_your_tokens byte2word dynamic_tokenization zett lexinvariant \
+  chimera
 
 .PHONY: help setup demo test unit lint format reproduce benchmark clean
 

@@ -145,6 +145,32 @@ def fine_tuned(
     return ConfigDict({"kind": kind, "start": start, "settings": settings or {}, **recipe})
 
 
+def medusa_heads(recipe: dict[str, object] | None = None, **heads: object) -> ConfigDict:
+    """An entry of `config.parts`: what `training.medusa_heads` trains, on first use.
+
+    Args:
+      recipe: fields of `training.target_features.PartRecipe`, `optimizer` as a dict.
+      heads: fields of `models.medusa_heads.MedusaConfig`.
+    """
+    return ConfigDict({"kind": "medusa_heads", "heads": heads, **(recipe or {})})
+
+
+def chimera_heads(
+    objective: dict[str, object] | None = None,
+    recipe: dict[str, object] | None = None,
+    **heads: object,
+) -> ConfigDict:
+    """An entry of `config.parts`: what `training.chimera_heads` trains, on first use.
+
+    Args:
+      objective: fields of `training.chimera_heads.Objective`.
+      recipe: fields of `training.target_features.PartRecipe`, `optimizer` as a dict.
+      heads: fields of `models.chimera_heads.ChimeraConfig`.
+    """
+    parts = {"kind": "chimera_heads", "heads": heads, "objective": objective or {}}
+    return ConfigDict({**parts, **(recipe or {})})
+
+
 def claim(
     label: str,
     metric: str,

@@ -13,13 +13,24 @@ from decoding import methods
 from decoding.loop import ModelParams
 from decoding.unmasking import learned_filter
 from experiments import fine_tuned_models, method_parts
+from models import chimera_heads as chimera_heads_model
 from models import exit_adapter as exit_adapter_model
 from models import feature_head as feature_head_model
+from models import medusa_heads as medusa_heads_model
+from models.chimera_heads import ChimeraConfig
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 from models.exit_adapter import ExitAdapterConfig
 from models.feature_head import FeatureHeadConfig
-from training import exit_adapter, feature_head, target_features, unmask_filter
+from models.medusa_heads import MedusaConfig
+from training import (
+    chimera_heads,
+    exit_adapter,
+    feature_head,
+    medusa_heads,
+    target_features,
+    unmask_filter,
+)
 from training.optimizers import OptimizerConfig
 from training.target_features import PartRecipe
 from training.unmask_filter import FilterRecipe, FilterTraining, Source
@@ -55,6 +66,17 @@ def _head(target: str, entry: dict[str, Any]) -> Path:
     return target_features.ensure(_recipe(target, entry), feature_head.part(head, objective))
 
 
+def _medusa(target: str, entry: dict[str, Any]) -> Path:
+    heads = MedusaConfig(**entry.pop("heads"))
+    return target_features.ensure(_recipe(target, entry), medusa_heads.part(heads))
+
+
+def _chimera(target: str, entry: dict[str, Any]) -> Path:
+    heads = ChimeraConfig(**entry.pop("heads"))
+    objective = chimera_heads.Objective(**entry.pop("objective", {}))
+    return target_features.ensure(_recipe(target, entry), chimera_heads.part(heads, objective))
+
+
 def _recipe(target: str, entry: dict[str, Any]) -> PartRecipe:
     if optimizer := entry.pop("optimizer", None):
         entry["optimizer"] = OptimizerConfig(**optimizer)
@@ -65,6 +87,8 @@ KINDS = {
     "filter": _Kind(learned_filter.ROLE, _filter),
     "exit_adapter": _Kind(exit_adapter_model.ROLE, _adapter),
     "feature_head": _Kind(feature_head_model.ROLE, _head),
+    "medusa_heads": _Kind(medusa_heads_model.ROLE, _medusa),
+    "chimera_heads": _Kind(chimera_heads_model.ROLE, _chimera),
 }
 
 

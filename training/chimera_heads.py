@@ -13,7 +13,7 @@ learns.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,8 @@ def loss(
     frozen = jax.lax.stop_gradient(target_params)
     steps = forward(heads, objective, config, params, features, batch, frozen)
     teacher = transformer.unembed(config, frozen, features.hidden)
-    total, distance, metrics = jnp.zeros(()), jnp.zeros(()), {}
+    total, distance = jnp.zeros(()), jnp.zeros(())
+    metrics: dict[str, jax.Array] = {}
     for k, (logits, drafted) in enumerate(steps):
         there, targets, counts = ahead(batch, k)
         nats = losses.distillation(
@@ -121,33 +122,27 @@ def forward(
     trigram = functools.partial(chimera_heads.trigram, heads, config, target_params, params)
     entries = functools.partial(chimera_heads.entries, config, params)
     before, last, token = jnp.roll(batch["tokens"], 1, axis=1), batch["tokens"], batch["targets"]
-    x = trigram(chimera_heads.trigram_ids(before, last, token, positions + 1))
-    if heads.context:
-        states, trigrams = entries(hidden, positions), entries(x, positions + 1)
-        queries = trigrams[0]
-        shared = [
-            jnp.concatenate(both, axis=1).swapaxes(1, 2)
-            for both in zip(states[1:], trigrams[1:], strict=True)
-        ]
-        mask = jnp.concatenate([features.mask, features.mask], axis=-1)
-    own: list[tuple[jax.Array, jax.Array]] = []  # keys and values of each place's drafts
-    found = []
+    shared: _Entries | None = None
+    own: list[_Entries] = []  # of each place's drafts
+    found: list[tuple[jax.Array, jax.Array]] = []
     for k in range(heads.heads):
         if k:
             before, last, token = last, token, _next(objective, batch, found[-1][0], k)
-            x = trigram(chimera_heads.trigram_ids(before, last, token, positions + k + 1))
+        at = positions + k + 1
+        x = trigram(chimera_heads.trigram_ids(before, last, token, at))
         drafted = x
         if heads.context:
-            if k:
-                queries, *entry = entries(x, positions + k + 1)
+            queries, *of_trigrams = entries(x, at)
+            if shared is None:
+                of_states = entries(hidden, positions)[1:]
+                shared = _Entries(*map(_side_by_side, of_states, of_trigrams))
+            else:
                 earlier = found[-1][1]
                 if objective.detach:
                     earlier = jax.lax.stop_gradient(earlier)
-                own = own if heads.draft_states else []
-                if heads.draft_states:
-                    own = [*own, entries(earlier, positions + k)[1:]]
-                own = [*own, tuple(entry)]
-            mixed = _attend(config, queries, *shared, mask, own)
+                own = [*own, _Entries(*entries(earlier, at - 1)[1:])] if heads.draft_states else []
+                own = [*own, _Entries(*of_trigrams)]
+            mixed = _attend(config, queries, shared, features.mask, own)
             drafted = chimera_heads.finish(config, params, x, mixed)
         logits = chimera_heads.logits(heads, config, target_params, params, k, hidden, drafted)
         found.append((logits, drafted))
@@ -161,36 +156,47 @@ def _next(objective: Objective, batch: DeviceBatch, logits: jax.Array, k: int) -
     return jax.lax.stop_gradient(logits).argmax(axis=-1).astype(jnp.int32)
 
 
+class _Entries(NamedTuple):
+    """Keys and values, [B, T, K, H] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def _side_by_side(of_states: jax.Array, of_trigrams: jax.Array) -> jax.Array:
+    return jnp.concatenate([of_states, of_trigrams], axis=1)
+
+
 def _attend(
     config: TransformerConfig,
     queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    shared: _Entries,
     mask: jax.Array,
-    own: list[tuple[jax.Array, jax.Array]],
+    own: list[_Entries],
 ) -> jax.Array:
-    """Attention to what all queries share, under a mask, and to what each has of its own.
+    """Attention to what all places share, and to what each has of its own.
 
     Args:
       config: the target's.
       queries: [B, T, K, G, H].
-      keys: [B, K, S, H], shared.
-      values: as `keys`.
-      mask: bool [B, T, S].
-      own: keys and values [B, T, K, H] that query t sees of place t.
+      shared: of T states and then of T trigrams.
+      mask: bool [B, T, T], which of either a place sees.
+      own: entry t is seen by the query of place t alone.
 
     Returns:
       [B, T, K, G, H].
     """
     queries = queries * config.scale
-    scores = [jnp.einsum("btkgh,bksh->bkgts", queries, keys)]
-    scores += [jnp.einsum("btkgh,btkh->bkgt", queries, key)[..., None] for key, _ in own]
+    scores = [jnp.einsum("btkgh,bskh->bkgts", queries, shared.keys)]
+    scores += [jnp.einsum("btkgh,btkh->bkgt", queries, mine.keys)[..., None] for mine in own]
     if (cap := config.attention_softcap) is not None:
         scores = [cap * jnp.tanh(score / cap) for score in scores]
-    scores[0] = jnp.where(mask[:, None, None], scores[0], _HIDDEN)
+    both = jnp.concatenate([mask, mask], axis=-1)
+    scores[0] = jnp.where(both[:, None, None], scores[0], _HIDDEN)
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    S = keys.shape[2]
-    mixed = jnp.einsum("bkgts,bksh->btkgh", weights[..., :S], values)
-    for j, (_, value) in enumerate(own):
-        mixed = mixed + weights[..., S + j].transpose(0, 3, 1, 2)[..., None] * value[..., None, :]
+    S = both.shape[-1]
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights[..., :S], shared.values)
+    for j, mine in enumerate(own):
+        share = weights[..., S + j].transpose(0, 3, 1, 2)[..., None]
+        mixed = mixed + share * mine.values[..., None, :]
     return mixed

@@ -52,7 +52,8 @@ def loss(
     del key
     frozen = jax.lax.stop_gradient(target_params)
     logits = medusa_heads.apply(config, frozen, params, features.hidden)
-    total, weights, metrics = jnp.zeros(()), 0.0, {}
+    total, weights = jnp.zeros(()), 0.0
+    metrics: dict[str, jax.Array] = {}
     for k in range(logits.shape[2]):
         _, targets, counts = ahead(batch, k)
         nats = losses.cross_entropy(logits[:, :, k], targets)
@@ -77,7 +78,7 @@ def ahead(batch: DeviceBatch, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return there, batch["targets"][:, there], counts
 
 
-def accuracy(logits: jax.Array, targets: jax.Array, counts: jax.Array, k: int) -> loop.Metrics:
+def accuracy(logits: jax.Array, targets: jax.Array, counts: jax.Array, k: int) -> dict[str, jax.Array]:
     """`agreement_k` and `top5_k`: how often the data's token is the head's likeliest, or among
     its five likeliest."""
     own = jnp.take_along_axis(logits, targets[..., None], axis=-1)
