@@ -125,8 +125,11 @@ def stop_config(
     return stopping.StopConfig(max_new_tokens, tuple(ids), config.max_position)
 
 
-def place(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Lays a state out on a mesh: rows over 'data', cache heads over 'model'."""
+def layout(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """How a state, or one of shapes, lies on a mesh: rows over 'data', cache heads over 'model'.
+
+    Raises InputError for rows or heads that the mesh does not divide.
+    """
     batch = state.lengths.shape[0]
     for cache in loop.caches(state.inner):
         heads = cache.keys[0].shape[1]
@@ -143,8 +146,46 @@ def place(state: DecodeState, mesh: Mesh) -> DecodeState:
             return sharding.cache_shardings(leaf, mesh)
         return rows if leaf.ndim and leaf.shape[0] == batch else everywhere
 
-    layout = jax.tree.map(shard, state, is_leaf=lambda leaf: isinstance(leaf, kv.KVCache))
-    return jax.device_put(state, layout)
+    return jax.tree.map(shard, state, is_leaf=lambda leaf: isinstance(leaf, kv.KVCache))
+
+
+def place(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """A state laid out on a mesh; errors as `layout`."""
+    return jax.device_put(state, layout(state, mesh))
+
+
+def plan(
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    method: Method,
+    stop: stopping.StopConfig,
+    buffer: int | None = None,
+) -> tuple[int, int, np.ndarray | None]:
+    """Cache slots to begin with, room for text, and where canvases end [B] (None without one).
+
+    Args:
+      tokens: int32 [B, P], prompts padded on the right.
+      lengths: int32 [B].
+      method: the method.
+      stop: its `max_new_tokens` and context bound the room.
+      buffer: the room, if it is given.
+    """
+    padded = tokens.shape[1]
+    if method.canvas is None:
+        needed = max(padded, int(lengths.max()) - 1 + method.lookahead)
+        if method.needed is not None:
+            needed = int(method.needed(tokens, lengths).max())
+        room = max(padded, stop.max_position)
+        return (
+            cache_slots(needed),
+            buffer or cache_slots(min(padded + stop.max_new_tokens, room)),
+            None,
+        )
+    multiple = method.canvas.multiple
+    limits = np.asarray(stopping.limits(jnp.asarray(lengths), stop))
+    ends = -(-limits // multiple) * multiple
+    slots, _ = canvas_slots(max(padded, int(ends.max())))
+    return slots, max(buffer or 0, slots), ends
 
 
 def begin(
@@ -166,27 +207,13 @@ def begin(
     """
     if not prompts or not all(map(len, prompts)):
         raise InputError("prompts: every row needs at least one token")
-    longest = max(map(len, prompts))
-    padded = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    padded = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     tokens = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     ids = np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)
-    ends = None
-    if method.canvas is None:
-        needed = max(padded, longest - 1 + method.lookahead)
-        if method.needed is not None:
-            needed = int(method.needed(tokens, lengths).max())
-        slots = cache_slots(needed)
-        room = max(padded, stop.max_position)
-        buffer = buffer or cache_slots(min(padded + stop.max_new_tokens, room))
-    else:
-        multiple = method.canvas.multiple
-        limits = np.asarray(stopping.limits(jnp.asarray(lengths), stop))
-        ends = -(-limits // multiple) * multiple
-        slots, _ = canvas_slots(max(padded, int(ends.max())))
-        buffer = max(buffer or 0, slots)
+    slots, buffer, ends = plan(tokens, lengths, method, stop, buffer)
     inputs = (tokens, lengths, randomness.row_keys(seed, jnp.asarray(ids)), ends)
     if mesh is not None:
         if len(prompts) % mesh.shape["data"]:
