@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("prompt: missing; give --prompt, --prompts_file or --prompt_ids")
     if _STREAM.value and _JSON.value:
         raise InputError("stream: not with --json; allowed: one of the two")
-    _generate(_options(_METHOD_OPTION.value))
+    _generate(method_options(_METHOD_OPTION.value))
 
 
 def list_methods() -> str:
@@ -119,8 +119,8 @@ def list_methods() -> str:
     return "\n".join(lines)
 
 
-def _options(pairs: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE pairs as a dict."""
+def method_options(pairs: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE pairs as a dict; InputError for what is none, or given twice."""
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
