@@ -132,13 +132,14 @@ def method_options(pairs: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def _generate(options: dict[str, str]) -> None:
+def _generate(options: dict[str, Any]) -> None:
     """Checks everything that can be checked before weights are read, then decodes and prints."""
     from decoding import generation, methods
     from experiments import loading, method_parts
 
     name = _METHOD.value
     memory = method_parts.load_memory(name, _METHOD_PARAMS.value)
+    options = method_parts.with_directory(name, options, _METHOD_PARAMS.value)
     sampling = _sampling()
     mesh = loading.parse_mesh(_MESH.value)
     sources = {"target": _CHECKPOINT.value}

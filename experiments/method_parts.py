@@ -14,6 +14,7 @@ import jax
 from decoding import methods
 from decoding.dynamic_vocabulary import inverted_lists
 from decoding.loop import ModelParams
+from decoding.speculative import ppd, prompt_trees
 from decoding.unmasking import learned_filter
 from models import chimera_heads, exit_adapter, feature_head, medusa_heads, prompt_tokens
 from models.errors import InputError
@@ -47,6 +48,32 @@ def _adapter(directory: Directory, options: Mapping[str, Any], target: Any) -> A
             f"{config.exit_layer}"
         )
     return params
+
+
+def _prompts(directory: Directory, options: Mapping[str, Any], target: Any) -> Any:
+    config, params = prompt_tokens.load(directory, target)
+    for name in ("ensemble", "mask"):
+        if (mine := getattr(config, name)) != (wanted := options[name]):
+            raise InputError(
+                f"{name}: {wanted!r} given, but prompt tokens of {str(directory)!r} have {mine!r}"
+            )
+    source = with_directory("ppd", options, directory)["marginals"]
+    if (n := len(prompt_trees.read_marginals(source))) != config.distances:
+        raise InputError(
+            f"marginals: {source!r} are of {n} distances, prompt tokens of {str(directory)!r} of "
+            f"{config.distances}"
+        )
+    return params
+
+
+def with_directory(
+    method: str, options: Mapping[str, Any], directory: Directory | None
+) -> dict[str, Any]:
+    """A method's options, with a part's directory where they ask for what was measured with it."""
+    options = dict(options)
+    if method == "ppd" and directory and options.get("marginals") == ppd.MARGINALS_OF_PART:
+        options["marginals"] = str(directory)
+    return options
 
 
 _KEY = 0
@@ -86,9 +113,15 @@ _PARTS = {
         ),
     ),
     prompt_tokens.ROLE: _Part(
-        lambda at, options, target: prompt_tokens.load(at, target)[1],
+        _prompts,
         lambda options, target: prompt_tokens.init(
-            prompt_tokens.PromptTokensConfig(), target, jax.random.key(_KEY)
+            prompt_tokens.PromptTokensConfig(
+                len(prompt_trees.read_marginals(options["marginals"])),
+                options["ensemble"],
+                options["mask"],
+            ),
+            target,
+            jax.random.key(_KEY),
         ),
     ),
 }

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from models import parameter_files
 from models.config import TransformerConfig
-from models.errors import InputError
+from models.errors import InputError, check_choice
 
 ROLE = "prompt_tokens"
+MASKS = ("ensemble", "decoder", "independent")
 _KIND = "prompt_tokens"
 
 
@@ -22,16 +23,25 @@ class PromptTokensConfig:
 
     Attributes:
       distances: n, tokens ahead that are guessed.
-      ensemble: m, embeddings for each distance, whose logits are averaged; 1 for decoding.
+      ensemble: m, embeddings for each distance, whose logits are averaged.
+      mask: what an embedding sees beside the text and itself: 'ensemble', those of nearer distances
+        with its own number (published); 'decoder', all before it, its siblings too; 'independent',
+        none.
     """
 
     distances: int = 3
     ensemble: int = 1
+    mask: str = "ensemble"
 
     def __post_init__(self) -> None:
         for field in ("distances", "ensemble"):
             if (value := getattr(self, field)) < 1:
                 raise InputError(f"{field}: {value} must be at least 1")
+        check_choice("mask", self.mask, MASKS)
+
+    def num_params(self, target: TransformerConfig) -> int:
+        """All that is trained, and all that a decoder keeps beside its target's parameters."""
+        return self.distances * self.ensemble * target.embed_dim
 
 
 def init(config: PromptTokensConfig, target: TransformerConfig, key: jax.Array) -> Any:

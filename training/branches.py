@@ -21,6 +21,7 @@ def hidden(
     cut: jnp.ndarray,
     placeholders: jnp.ndarray,
     ensemble: int = 1,
+    mask: str = "ensemble",
 ) -> tuple[jnp.ndarray, jnp.ndarray]:
     """What the head reads at text and placeholders.
 
@@ -29,8 +30,9 @@ def hidden(
       batch: packed rows: tokens, positions, segment_ids int [B, T].
       cut: int [B, C], a copy stands behind each of these places.
       placeholders: [n m, D], a copy's embeddings, those of one distance together: m of them for
-        each of n distances.
-      ensemble: m; those of one distance do not see each other, but each sees its like before it.
+        each of n distances; or [B, C, n m, D], where copies differ.
+      ensemble: m.
+      mask: which of a copy's own placeholders each one sees; see `models.prompt_tokens`.
 
     Returns:
       [B, T, D] of the text, as without copies; and [B, C, n m, D]. Placeholder k of n stands at
@@ -39,10 +41,10 @@ def hidden(
     tokens, positions, segments = batch["tokens"], batch["positions"], batch["segment_ids"]
     B, T = tokens.shape
     C, m = cut.shape[1], ensemble
-    n = len(placeholders) // m
+    n = placeholders.shape[-2] // m
     S = C * n * m
     soft = placeholders.astype(model.compute_dtype)
-    copies = jnp.broadcast_to(soft, (B, C, *soft.shape)).reshape(B, S, -1)
+    copies = jnp.broadcast_to(soft, (B, C, *soft.shape[-2:])).reshape(B, S, -1)
     text = transformer.token_embeddings(model, params, tokens)
     distance = jnp.tile(jnp.repeat(jnp.arange(1, n + 1), m), C)
     member = jnp.tile(jnp.arange(m), C * n)
@@ -54,8 +56,12 @@ def hidden(
 
     sees_text = jnp.arange(T) <= behind[:, :, None]
     sees_text &= segments[:, None, :] == of_text(segments)[:, :, None]
-    same = (copy[:, None] == copy) & (member[:, None] == member)
-    sees_copies = jnp.broadcast_to(same & (distance <= distance[:, None]), (B, S, S))
+    before = {
+        "ensemble": (member[:, None] == member) & (distance <= distance[:, None]),
+        "decoder": jnp.tri(S, dtype=bool),
+        "independent": jnp.eye(S, dtype=bool),
+    }[mask]
+    sees_copies = jnp.broadcast_to(before & (copy[:, None] == copy), (B, S, S))
     above = jnp.concatenate([masks.packed_causal(segments), jnp.zeros((B, T, S), bool)], axis=2)
     below = jnp.concatenate([sees_text, sees_copies], axis=2)
     found = transformer.apply(

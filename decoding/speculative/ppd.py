@@ -28,7 +28,7 @@ from decoding.speculative.tree import NO_PARENT, DraftTree
 from models import transformer
 from models.config import TransformerConfig
 from models.errors import InputError
-from models.prompt_tokens import ROLE
+from models.prompt_tokens import MASKS, ROLE
 
 
 class PromptState(struct.PyTreeNode):
@@ -52,9 +52,9 @@ class _Layout(NamedTuple):
       parent, depth: int [n + 1, N]; unused places hang on the root.
       rank: int [n + 1, N], place in its list of a node at depth d, list d - 1; 0 elsewhere.
       is_node: bool [n + 1, N], what may be accepted, root included.
-      prompt: int [n + 1, N], which prompt token stands there; -1 where none does.
+      prompt: int [n + 1, N], which embedding of the prompt tokens stands there; -1 where none does.
       first_prompt: int [n + 1, N], where a node's prompt tokens begin; they stand together.
-      prompts: int [n + 1, N], how many it has.
+      prompts: int [n + 1, N], how many it has, each of m embeddings.
     """
 
     parent: np.ndarray
@@ -66,10 +66,10 @@ class _Layout(NamedTuple):
     prompts: np.ndarray
 
 
-def _layout(trees: tuple[SparseTree, ...]) -> _Layout:
-    n = len(trees)
+def _layout(trees: tuple[SparseTree, ...], ensemble: int, mask: str) -> _Layout:
+    n, m = len(trees), ensemble
     everything = (SparseTree((), ()), *trees)
-    N = max(1 + n + sum(1 + k for k in tree.prompts) for tree in everything)
+    N = max(1 + n * m + sum(1 + k * m for k in tree.prompts) for tree in everything)
     shape = (n + 1, N)
     found = _Layout(
         parent=np.zeros(shape, np.int32),
@@ -80,6 +80,8 @@ def _layout(trees: tuple[SparseTree, ...]) -> _Layout:
         first_prompt=np.zeros(shape, np.int32),
         prompts=np.zeros(shape, np.int32),
     )
+    # How far before an embedding the one is that it hangs on, and sees with all that this one sees.
+    back = {"ensemble": m, "decoder": 1, "independent": n * m}[mask]
     for s, tree in enumerate(everything):
         number = {(): 0} | {path: i + 1 for i, path in enumerate(tree.paths)}
         place = len(number)
@@ -91,17 +93,21 @@ def _layout(trees: tuple[SparseTree, ...]) -> _Layout:
             found.first_prompt[s, node] = place
             carried = tree.prompts[node - 1] if path else n
             found.prompts[s, node] = carried
-            for k in range(carried):
-                found.parent[s, place] = node if k == 0 else place - 1
-                found.depth[s, place] = len(path) + 1 + k
-                found.prompt[s, place] = k
+            for i in range(carried * m):
+                found.parent[s, place] = node if i < back else place - back
+                found.depth[s, place] = len(path) + 1 + i // m
+                found.prompt[s, place] = i
                 place += 1
     return found
 
 
 @functools.cache
 def prompt_drafter(
-    config: TransformerConfig, trees: tuple[SparseTree, ...], candidates: int
+    config: TransformerConfig,
+    trees: tuple[SparseTree, ...],
+    candidates: int,
+    ensemble: int = 1,
+    mask: str = "ensemble",
 ) -> Drafter:
     """Trees of `trees[s - 1]` where the last accepted node carried s prompt tokens.
 
@@ -109,11 +115,13 @@ def prompt_drafter(
       config: the target's architecture.
       trees: of states 1 .. n, n being the prompt tokens of params['prompt_tokens'].
       candidates: K, length of a list.
+      ensemble: m, embeddings for each prompt token, whose logits are averaged.
+      mask: which of a node's prompt tokens each one sees; see `models.prompt_tokens`.
 
     Raises:
       InputError: a tree deeper than its state, a node without its parent, or a rank beyond K.
     """
-    n = len(trees)
+    n, m = len(trees), ensemble
     for s, tree in enumerate(trees, start=1):
         for path, carried in zip(tree.paths, tree.prompts, strict=True):
             if len(path) > s or (len(path) > 1 and path[:-1] not in tree.paths):
@@ -123,8 +131,11 @@ def prompt_drafter(
                     f"trees: path {path} with {carried} prompt tokens; ranks are below "
                     f"{candidates}, prompt tokens 1 to {n}"
                 )
-    layout = _layout(trees)
+    layout = _layout(trees, ensemble, mask)
     N = layout.parent.shape[1]
+    # Ancestors of prompt tokens; no text ever ends at one.
+    deepest = n + (n * m if mask == "decoder" else n)
+    states = tuple(f"rounds_in_state_{s}" for s in range(1, n + 1))
     tables = jax.tree.map(jnp.asarray, layout)
 
     def init(batch: int, slots: int) -> PromptState:
@@ -156,10 +167,12 @@ def prompt_drafter(
             depth=mine.depth,
             valid=mine.is_node,
             log_q=None,
-            max_depth=2 * n,
+            max_depth=deepest,
             is_chain=False,
         )
         counters = {"tree_nodes": mine.is_node.sum(axis=1) - 1}
+        for s, name in enumerate(states, start=1):
+            counters[name] = (inner.state == s).astype(jnp.int32)
         return Draft(tree, inner, 0, counters, Begun(embeddings, cache, 0))
 
     def observe(
@@ -175,8 +188,9 @@ def prompt_drafter(
         mine = jax.tree.map(lambda table: table[inner.state], tables)
         first = verification.rows(mine.first_prompt, last)
         carried = verification.rows(mine.prompts, last)
-        where = jnp.minimum(first[:, None] + jnp.arange(n), N - 1)
+        where = jnp.minimum(first[:, None] + jnp.arange(n * m), N - 1)
         logits = jax.vmap(lambda row, at: row[at])(output.logits, where)
+        logits = logits.reshape(len(logits), n, m, -1).mean(axis=2)
         lists = top_k(logits, candidates)[1].astype(jnp.int32)
         return PromptState(
             jnp.where(active[:, None, None], lists, inner.lists),
@@ -186,35 +200,62 @@ def prompt_drafter(
     return Drafter(
         roles=(ROLE,),
         num_nodes=N,
-        # Prompt tokens are deeper, but no text ever ends there.
-        max_depth=2 * n,
+        max_depth=deepest,
         law=verification.DETERMINISTIC,
         init=init,
         prefill=read,
         propose=propose,
         observe=observe,
-        counters=("tree_nodes",),
+        counters=("tree_nodes", *states),
     )
 
 
-def _build(configs: Configs, sampling: SamplingConfig, options: Mapping[str, Any]) -> Method:
-    marginals = np.asarray(prompt_trees.PUBLISHED[options["marginals"]])
-    K = min(marginals.shape[1], configs["target"].vocab_size)
-    plan = prompt_trees.plan(marginals[:, :K], options["limit"], first=min(10, K))
-    drafter = prompt_drafter(configs["target"], plan.trees, K)
-    return speculative("ppd", configs["target"], drafter, "exact_match", sampling)
+def plan_of(options: Mapping[str, Any], vocab_size: int) -> prompt_trees.TreePlan:
+    """The trees that a method's options ask for; errors as `prompt_trees.plan`."""
+    if options["marginals"] == MARGINALS_OF_PART:
+        raise InputError(
+            f"marginals: {MARGINALS_OF_PART!r} needs trained prompt tokens (--method_params)"
+        )
+    marginals = prompt_trees.read_marginals(options["marginals"])
+    marginals = tuple(row[:vocab_size] for row in marginals)
+    return prompt_trees.shaped(options["tree"], marginals, options["limit"], options["ensemble"])
 
+
+def _build(configs: Configs, sampling: SamplingConfig, options: Mapping[str, Any]) -> Method:
+    target = configs["target"]
+    trees = plan_of(options, target.vocab_size).trees
+    candidates = 1 + max(rank for tree in trees for path in tree.paths for rank in path)
+    drafter = prompt_drafter(target, trees, candidates, options["ensemble"], options["mask"])
+    return speculative("ppd", target, drafter, "exact_match", sampling)
+
+
+# Marginals that were measured with the trained part itself.
+MARGINALS_OF_PART = "part"
 
 SPEC = MethodSpec(
     "trained prompt tokens guess ahead in the call that verifies (lossless)",
     ("target",),
     {
-        "limit": Option(60, "nodes and their prompt tokens a round, the root's aside", minimum=8),
+        "limit": Option(
+            60,
+            "nodes and their prompt tokens a round, the root's aside; in experiments, 0 for what "
+            "is fastest by a measured latency curve",
+            minimum=0,
+        ),
         "marginals": Option(
             "vicuna_7b",
-            "measured chances of candidates, from which trees are made",
-            choices=tuple(prompt_trees.PUBLISHED),
+            "chances of candidates, from which trees are made: published ones "
+            f"({', '.join(prompt_trees.PUBLISHED)}), a directory with measured ones, or "
+            f"{MARGINALS_OF_PART!r} for those of --method_params",
         ),
+        "tree": Option(
+            "dynamic",
+            "prompt tokens where they serve most; controls: as many at every node, at random, or "
+            "a chain of the likeliest candidates",
+            choices=tuple(prompt_trees.SHAPES),
+        ),
+        "ensemble": Option(1, "embeddings for each prompt token, as trained", minimum=1),
+        "mask": Option("ensemble", "what prompt tokens see, as trained", choices=MASKS),
     },
     _build,
     parts=(ROLE,),

@@ -42,6 +42,7 @@ K = 4
          ({2: 27, 3: 6}, {2: 31, 3: 3}), 1.1841, 1.3667),
         ("mobilellama_1_4b", 75, (10, 26, 26), (30, 49, 49), None, None, None),
         ("mobilellama_1_4b", 105, (10, 35, 36), (30, 70, 69), None, None, None),
+        ("mobilellama_1_4b", 285, (10, 84, 89), (30, 201, 196), None, None, None),
     ],
 )  # fmt: skip
 def test_published_trees_are_rebuilt(name, limit, sizes, prompts, histograms, objective, corrected):
@@ -74,11 +75,76 @@ def test_trees_are_connected_and_within_their_limit():
     assert larger.tokens_per_call >= found.tokens_per_call
 
 
+def test_prompt_tokens_where_they_serve_beat_as_many_everywhere_and_at_random():
+    marginals = prompt_trees.PUBLISHED["vicuna_7b"]
+    for limit in (20, 105):
+        plans = {name: prompt_trees.shaped(name, marginals, limit) for name in prompt_trees.SHAPES}
+        order = [plans[name].tokens_per_call for name in ("dynamic", "uniform", "random", "chain")]
+        assert order == sorted(order, reverse=True) and len(set(order)) == 4
+        for name in ("uniform", "random"):
+            assert prompt_trees.num_inputs(plans[name].trees) <= 4 + limit
+        for tree in plans["uniform"].trees:
+            assert len(set(tree.prompts)) == 1
+        for mine, planned in zip(plans["random"].trees, plans["dynamic"].trees, strict=True):
+            assert mine.paths == planned.paths and sum(mine.prompts) == sum(planned.prompts)
+            assert set(mine.prompts) <= {1, 2, 3}
+    assert [tree.paths for tree in plans["chain"].trees] == [
+        ((0,),), ((0,), (0, 0)), ((0,), (0, 0), (0, 0, 0)),
+    ]  # fmt: skip
+
+
+def test_a_plan_promises_what_a_simulated_text_gives():
+    """Ranks drawn from the marginals, round after round: tokens a call and states."""
+    marginals = np.asarray(prompt_trees.PUBLISHED["vicuna_7b"])
+    found = prompt_trees.plan(marginals, 60)
+    rng = np.random.default_rng(0)
+    cumulative, rounds = marginals.cumsum(axis=1), 40_000
+    drawn = (rng.random((rounds, 3, 1)) > cumulative).sum(axis=2)
+    state, tokens, states = 3, 0, np.zeros(4)
+    trees = [dict(zip(tree.paths, tree.prompts, strict=True)) for tree in found.trees]
+    for row in drawn.tolist():
+        states[state] += 1
+        tree, depth, state = trees[state - 1], 0, 3
+        while (path := tuple(row[: depth + 1])) in tree and depth < 3:
+            depth, state = depth + 1, tree[path]
+        tokens += 1 + depth
+    assert tokens / rounds == pytest.approx(found.tokens_per_call, abs=0.02)
+    np.testing.assert_allclose(states[1:] / rounds, found.occupancy, atol=0.01)
+
+
+def test_embeddings_of_one_prompt_token_take_places():
+    marginals = np.asarray(prompt_trees.PUBLISHED["vicuna_7b"])
+    found = prompt_trees.plan(marginals, 60, ensemble=2)
+    assert prompt_trees.num_inputs(found.trees, 2) <= 1 + 6 + 60
+    assert found.tokens_per_call < prompt_trees.plan(marginals, 60).tokens_per_call
+
+
+def test_marginals_are_read_from_a_directory(tmp_path):
+    file = tmp_path / prompt_trees.MARGINALS_FILE
+    file.write_text('{"marginals": [[0.5, 0.25], [0.25, 0.125]]}')
+    assert prompt_trees.read_marginals(tmp_path) == ((0.5, 0.25), (0.25, 0.125))
+    built = tiny.build("ppd", limit=8, marginals=str(tmp_path))
+    assert built.name == "ppd"
+    file.write_text('{"marginals": [[1.5]]}')
+    with pytest.raises(InputError, match="no marginals"):
+        prompt_trees.read_marginals(tmp_path)
+    with pytest.raises(InputError, match="must be one of vicuna_7b"):
+        prompt_trees.read_marginals(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="trained prompt tokens"):
+        tiny.build("ppd", marginals="part")
+    with pytest.raises(InputError, match="limit: 0 must be at least 8"):
+        tiny.build("ppd", limit=0)
+
+
 def test_bad_marginals_and_limits_are_refused():
     with pytest.raises(InputError, match="marginals"):
         prompt_trees.plan(np.full((2, 3), 1.5), 40)
     with pytest.raises(InputError, match="limit: 1"):
         prompt_trees.plan(np.full((3, 3), 0.1), 1)
+
+
+# Attention to the whole text, for references with a mask of their own.
+WHOLE = tiny.TARGET.replace(window=None, local_layers=())
 
 
 # --- Decoding ----------------------------------------------------------------------------------
@@ -167,6 +233,51 @@ def test_caches_candidates_and_states_are_those_of_a_fresh_pass():
         states.append(np.asarray(inner.state))
         assert turn or set(states[0].tolist()) == {3}  # only roots were there, with all of theirs
     assert len(set(np.concatenate(states).tolist())) > 1
+
+
+@pytest.mark.parametrize("mask", prompt_tokens.MASKS)
+def test_ensembles_say_what_the_mean_of_their_embeddings_says(mask):
+    """Two embeddings a prompt token: lists after a round, against a pass with an explicit mask."""
+    n, m = 3, 2
+    own = PromptTokensConfig(n, m, mask)
+    model = models() | {"prompt_tokens": prompt_tokens.init(own, WHOLE, jax.random.key(1))}
+    drafter = prompt_drafter(WHOLE, TREES, K, m, mask)
+    run = speculative("ppd", WHOLE, drafter, "exact_match", SamplingConfig())
+    prompts = tiny.PROMPTS[:3]
+    state = tiny.start(run, model, prompts, slots=128, buffer=96)
+    for _ in range(2):
+        state = loop.advance(
+            model, state, np.int32(state.rounds + 1), method=run, stop=tiny.STOP, slots=128
+        )
+    for b in range(len(prompts)):
+        length = int(state.lengths[b]) - 1
+        text = transformer.token_embeddings(WHOLE, model["target"], state.tokens[b, :length])
+        embedded = jnp.concatenate([text, model["prompt_tokens"]["embedding"]])
+        seen = np.tri(length + n * m, dtype=bool)
+        for i in range(n * m):
+            for j in range(i):
+                seen[length + i, length + j] = {
+                    "ensemble": i % m == j % m, "decoder": True, "independent": False
+                }[mask]  # fmt: skip
+        places = np.concatenate([np.arange(length), length + np.arange(n * m) // m])
+        out = transformer.apply(
+            WHOLE, model["target"], embedded[None],
+            positions=jnp.asarray(places)[None], mask=jnp.asarray(seen)[None],
+        )  # fmt: skip
+        logits = np.asarray(out.logits[0, length:]).reshape(n, m, -1).mean(axis=1)
+        inner = state.inner.drafter
+        for k in range(int(inner.state[b])):
+            best = np.argsort(-logits[k], kind="stable")[:K]
+            np.testing.assert_array_equal(inner.lists[b, k], best)
+
+
+def test_states_are_counted():
+    rows = decode()
+    for row in rows:
+        states = [row.stats[f"rounds_in_state_{s}"] for s in (1, 2, 3)]
+        # The first round has no lists yet.
+        assert sum(states) == row.stats["target_calls"] - 1
+    assert len({tuple(row.stats[f"rounds_in_state_{s}"] for s in (1, 2, 3)) for row in rows}) > 1
 
 
 def test_prompt_tokens_leave_what_tokens_say_as_it_is():

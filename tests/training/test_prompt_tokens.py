@@ -6,18 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
-from models import prompt_tokens, transformer
+from models import prompt_tokens, sizes, transformer
 from models.prompt_tokens import PromptTokensConfig
 from tests.training.test_language_model import CONFIG, MODEL, Batches, lines, make_batch
+from training import branches, prompt_marginals, target_features
 from training import prompt_tokens as training
-from training import target_features
 from training.prompt_tokens import Objective
 
 PROMPTS = PromptTokensConfig(distances=3, ensemble=2)
 TARGET = jax.jit(lambda key: transformer.init(MODEL, key))(jax.random.key(5))
 PARAMS = prompt_tokens.init(PROMPTS, MODEL, jax.random.key(0))
 LONG = MODEL.replace(max_position=32)
+T = make_batch(3)["tokens"].shape[1]
 
 
 def ahead(params, batch, cut, config=PROMPTS):
@@ -43,6 +45,106 @@ def test_a_copy_says_what_it_says_alone_behind_its_prefix():
                 ).logits[0, -3:]
                 mine = logits if member == 0 else mine + logits  # noqa: F821
             np.testing.assert_allclose(found[row, c], mine / 2, atol=1e-4)
+
+
+@jax.jit
+def all_logits(tokens):
+    return transformer.apply(LONG, TARGET, tokens[None]).logits[0]
+
+
+def greedy(text, steps):
+    """Logits in the target's own continuation, the whole text again for every token: [steps, V]."""
+    found = []
+    for _ in range(steps + 1):
+        padded = np.zeros(T + 4, np.int32)
+        padded[: len(text)] = text
+        logits = np.asarray(all_logits(padded)[len(text) - 1], np.float64)
+        found.append(logits)
+        text = [*text, int(logits.argmax())]
+    return np.stack(found[1:])
+
+
+def test_the_loss_is_the_decayed_divergence_from_the_targets_greedy_continuation():
+    batch, objective = make_batch(3), Objective(cuts=2)
+    placed = {name: jnp.asarray(value) for name, value in batch.items()}
+    features = target_features.features(LONG, TARGET, placed, ())
+    key = jax.random.key(4)
+    cut = np.asarray(jax.random.randint(key, (len(batch["tokens"]), 2), 0, T))
+    said = np.asarray(ahead(PARAMS, batch, cut), np.float64)
+    nats, agreed = [], []
+    for row in range(len(cut)):
+        for c, at in enumerate(cut[row]):
+            segment = batch["segment_ids"][row]
+            if not segment[at]:
+                continue
+            before = np.flatnonzero((segment == segment[at]) & (np.arange(T) <= at))
+            wanted = greedy(batch["tokens"][row, before].tolist(), 3)
+            log_p = special.log_softmax(wanted, axis=-1)
+            log_q = special.log_softmax(said[row, c], axis=-1)
+            nats.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1))
+            agreed.append(wanted.argmax(-1) == said[row, c].argmax(-1))
+    loss, metrics = training.loss(PROMPTS, objective, LONG, PARAMS, features, placed, TARGET, key)
+    weights = np.array([1, 0.8, 0.64]) / 3
+    assert float(loss) == pytest.approx(float(np.mean(nats, axis=0) @ weights), rel=1e-4)
+    assert float(metrics["agreement_3"]) == pytest.approx(np.mean(agreed, axis=0)[2])
+
+
+def test_targets_from_data_are_what_the_target_says_further_on_in_the_document():
+    batch, objective = make_batch(3), Objective(cuts=2, targets="data")
+    placed = {name: jnp.asarray(value) for name, value in batch.items()}
+    features = target_features.features(LONG, TARGET, placed, ())
+    key = jax.random.key(4)
+    cut = np.asarray(jax.random.randint(key, (len(batch["tokens"]), 2), 0, T))
+    said = np.asarray(ahead(PARAMS, batch, cut), np.float64)
+    wanted = np.asarray(transformer.unembed(LONG, TARGET, features.hidden), np.float64)
+    total = 0.0
+    for k in (1, 2, 3):
+        nats = []
+        for row in range(len(cut)):
+            segment = batch["segment_ids"][row]
+            for c, at in enumerate(cut[row]):
+                if at + k >= T or not batch["loss_mask"][row, at + k]:
+                    continue
+                if segment[at] and segment[at] == segment[at + k]:
+                    log_p = special.log_softmax(wanted[row, at + k])
+                    log_q = special.log_softmax(said[row, c, k - 1])
+                    nats.append((np.exp(log_p) * (log_p - log_q)).sum())
+        total += 0.8 ** (k - 1) * np.mean(nats) / 3
+    loss, _ = training.loss(PROMPTS, objective, LONG, PARAMS, features, placed, TARGET, key)
+    assert float(loss) == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "seen"),
+    [
+        ("ensemble", {2: (0, 2), 3: (1, 3), 5: (1, 3, 5)}),
+        ("decoder", {2: (0, 1, 2), 3: (0, 1, 2, 3), 5: (0, 1, 2, 3, 4, 5)}),
+        ("independent", {2: (2,), 3: (3,), 5: (5,)}),
+    ],
+)
+def test_each_embedding_sees_what_its_mask_says(mask, seen):
+    """Which embeddings change what each one says, by changing them in turn."""
+    batch = {name: jnp.asarray(value) for name, value in make_batch(3).items()}
+    cut, own = jnp.full((4, 1), 6), PARAMS["embedding"]
+
+    @jax.jit
+    def said(embedding):
+        return branches.hidden(LONG, TARGET, batch, cut, embedding, 2, mask)[1]
+
+    before = said(own)
+    moved = [
+        np.abs(np.asarray(said(own.at[i].add(1.0)) - before)).max(axis=(0, 1, 3)) > 1e-4
+        for i in range(6)
+    ]
+    for i, by in seen.items():
+        assert tuple(np.flatnonzero([row[i] for row in moved])) == by
+
+
+def test_a_prompt_token_weighs_what_the_paper_says():
+    llama, small = sizes.get("llama2_7b"), PromptTokensConfig()
+    assert small.num_params(llama) == 12_288
+    assert 100 * small.num_params(llama) / llama.num_params() == pytest.approx(1.82e-4, rel=2e-3)
+    assert sum(map(np.size, jax.tree.leaves(PARAMS))) == PROMPTS.num_params(MODEL)
 
 
 def test_siblings_do_not_see_each_other_but_what_is_before_matters():
@@ -99,3 +201,27 @@ def test_prompt_tokens_are_written_read_and_begun_from_tokens(tmp_path):
     np.testing.assert_array_equal(found["embedding"], PARAMS["embedding"])
     rows = prompt_tokens.from_tokens(PROMPTS, MODEL, TARGET, [3, 4])["embedding"]
     np.testing.assert_array_equal(rows[4], TARGET["embedder"]["embedding"][3])
+
+
+def test_marginals_count_how_often_each_candidate_is_right():
+    texts = np.random.default_rng(0).integers(1, MODEL.vocab_size, (3, 14)).astype(np.int32)
+    cut = prompt_marginals.places(5, 14, 3)
+    np.testing.assert_array_equal(cut, np.arange(4, 10))
+    rank = prompt_marginals.measure(PROMPTS, LONG, PARAMS, TARGET, texts, cut)
+    assert rank.shape == (3 * len(cut), 3)
+    batch = {
+        "tokens": texts,
+        "positions": np.broadcast_to(np.arange(14), texts.shape),
+        "segment_ids": np.ones_like(texts),
+    }
+    logits = np.asarray(ahead(PARAMS, batch, np.broadcast_to(cut, (3, len(cut)))))
+    counted = np.zeros((3, 4))
+    for row in range(3):
+        for c, at in enumerate(cut):
+            for k in range(3):
+                order = np.argsort(-logits[row, c, k], kind="stable").tolist()
+                if (place := order.index(texts[row, at + 2 + k])) < 4:
+                    counted[k, place] += 1
+    found = prompt_marginals.marginals(rank, 4)
+    np.testing.assert_allclose(found, counted / rank.shape[0])
+    np.testing.assert_allclose(prompt_marginals.top_accuracy(rank, 4), found.sum(axis=1))
