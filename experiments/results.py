@@ -18,6 +18,7 @@ from models import files
 from models.errors import InputError
 
 RESULTS_FILE = "results.json"
+REVISION_FILE = "REVISION"  # in a copy of the checkout, which commit it is of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,13 @@ def machine() -> dict[str, Any]:
 
 
 def git_revision() -> str:
-    """The checkout's commit, with '+changes' when files differ from it; 'unknown' outside git."""
+    """The checkout's commit, with '+changes' when files differ from it; 'unknown' outside git.
+
+    A copy that a launcher made names it in `REVISION_FILE`.
+    """
     root = Path(__file__).parents[1]
+    if (root / REVISION_FILE).is_file():
+        return (root / REVISION_FILE).read_text().strip()
 
     def git(*arguments: str) -> str:
         return subprocess.run(
