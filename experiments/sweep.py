@@ -50,6 +50,8 @@ _COLLECT = flags.DEFINE_bool(
 SWEEP_FILE = "sweep.json"
 TABLE_FILE = "sweep.csv"
 FAILED = 1  # exit status when a setting failed
+# What JAX takes of a GPU's memory when nothing else is said; workers share it.
+_GPU_MEMORY_SHARE = 0.75
 _METRICS = {"tokens_per_target_call": "tokens per target call", "speedup": "speed-up"}
 _ERROR = "tokens_per_target_call_error"
 # What a method that is not lossless gives away for speed; 'exact_match' where answers are known.
@@ -307,7 +309,9 @@ def run_apart(
     module = ("-m", "experiments.sweep", f"--config={argument}", f"--workdir={workdir}")
     tasks = {
         number: sweep_workers.Task(
-            sweep_workers.python(*module, f"--setting={number}"), workdir / f"{number:03d}.log"
+            sweep_workers.python(*module, f"--setting={number}"),
+            workdir / f"{number:03d}.log",
+            {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_GPU_MEMORY_SHARE / workers:.3f}"},
         )
         for number in numbers
     }

@@ -18,16 +18,18 @@ from typing import Any
 from training.loop import TERMINATED
 
 _POLL_SECONDS = 0.05
-# What JAX takes of a GPU's memory when nothing else is said; workers share it.
-_GPU_MEMORY_SHARE = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A command, and the file that receives what it prints."""
+    """A command, the file that receives what it prints, and variables that it finds set.
+
+    Variables that this process has go before those.
+    """
 
     command: tuple[str, ...]
     log: Path
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def run(
@@ -61,7 +63,7 @@ def run(
         while waiting or running:
             while waiting and len(running) < workers:
                 number = waiting.popleft()
-                running[number] = _start(tasks[number], workers)
+                running[number] = _start(tasks[number])
             for number in [n for n, process in running.items() if process.poll() is not None]:
                 code = running.pop(number).returncode
                 statuses[number] = code if code >= 0 else 128 - code
@@ -76,8 +78,7 @@ def run(
     return statuses
 
 
-def _start(task: Task, workers: int) -> subprocess.Popen:
-    share = f"{_GPU_MEMORY_SHARE / workers:.3f}"
+def _start(task: Task) -> subprocess.Popen:
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with task.log.open("ab") as log:
         return subprocess.Popen(
@@ -85,7 +86,7 @@ def _start(task: Task, workers: int) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={"XLA_PYTHON_CLIENT_MEM_FRACTION": share, **os.environ},
+            env={**task.environment, **os.environ},
         )
 
 

@@ -144,6 +144,7 @@ def plan(
     if names and more:
         raise InputError(f"argument {more[0]!r}: not for a sweep; allowed with --nosweep")
     inside = packaging.inside(config)
+    first: tuple[str, ...]
     if executor == "local":
         code = Path(workdir).absolute() / "code"
         # -P: what is imported is the copy, not the directory that the launcher is started in.
