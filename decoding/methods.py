@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from decoding import hierarchical, lexical_units, lexinvariant, skip_decode, word_subwords
+from decoding import (
+    early_exit,
+    hierarchical,
+    lexical_units,
+    lexinvariant,
+    skip_decode,
+    word_subwords,
+)
 from decoding.autoregressive import autoregressive
 from decoding.dynamic_vocabulary import ann_vocabulary
 from decoding.loop import Method
@@ -16,6 +23,7 @@ from decoding.method_spec import (
 )
 from decoding.sampling import SamplingConfig
 from decoding.speculative import (
+    accelerated,
     aded,
     bild,
     chain_systems,
@@ -48,6 +56,8 @@ METHODS: dict[str, MethodSpec] = {
     "hat": hierarchical.SPEC,
     "kangaroo": kangaroo.SPEC,
     "lud": lexical_units.SPEC,
+    "m2r2": accelerated.SPEC,
+    "m2r2_exit": early_exit.SPEC,
     "medusa": medusa.SPEC,
     "ppd": ppd.SPEC,
     "lexinvariant": lexinvariant.SPEC,

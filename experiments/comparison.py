@@ -21,9 +21,11 @@ from decoding.generation import Row
 from decoding.loop import Method, ModelParams
 from decoding.sampling import SamplingConfig
 from experiments import (
+    accelerated_streams,
     acceptance,
     calibration,
     exact_chains,
+    expert_prefetch,
     fine_tuned_models,
     guess_accuracy,
     information,
@@ -51,10 +53,14 @@ ANALYSES = {
     "calibration": calibration.measure,
     "exact chains": exact_chains.measure,
     "five guesses": guess_accuracy.measure_five,
+    "expert loading": expert_prefetch.measure,
+    "exits": accelerated_streams.measure_exits,
     "greedy oracle": oracle_bound.measure,
     "guesses": guess_accuracy.measure,
     "lexical units": lexical_unit_statistics.measure,
     "information": information.measure,
+    "layers ahead": accelerated_streams.measure_agreement,
+    "likeness": accelerated_streams.measure_similarity,
     "chosen masks": unmasking_observations.measure_ranks,
     "far masks": unmasking_observations.measure_far_masks,
     "ages of keys and values": unmasking_observations.measure_ages,

@@ -171,6 +171,22 @@ def chimera_heads(
     return ConfigDict({**parts, **(recipe or {})})
 
 
+def accelerator(
+    objective: dict[str, float] | None = None,
+    recipe: dict[str, object] | None = None,
+    **accelerator: object,
+) -> ConfigDict:
+    """An entry of `config.parts`: what `training.accelerated_residual` trains, on first use.
+
+    Args:
+      objective: fields of `training.accelerated_residual.Objective`.
+      recipe: fields of `training.target_features.PartRecipe`, `optimizer` as a dict.
+      accelerator: fields of `models.accelerated_residual.AcceleratorConfig`.
+    """
+    parts = {"kind": "accelerator", "accelerator": accelerator, "objective": objective or {}}
+    return ConfigDict({**parts, **(recipe or {})})
+
+
 def claim(
     label: str,
     metric: str,

@@ -16,7 +16,15 @@ from decoding.dynamic_vocabulary import inverted_lists
 from decoding.loop import ModelParams
 from decoding.speculative import ppd, prompt_trees
 from decoding.unmasking import learned_filter
-from models import chimera_heads, exit_adapter, feature_head, medusa_heads, prompt_tokens
+from models import (
+    accelerated_residual,
+    chimera_heads,
+    exit_adapter,
+    exit_router,
+    feature_head,
+    medusa_heads,
+    prompt_tokens,
+)
 from models.errors import InputError
 
 Directory = str | os.PathLike[str]
@@ -76,6 +84,18 @@ def with_directory(
     return options
 
 
+def _accelerator(directory: Directory, options: Mapping[str, Any], target: Any) -> Any:
+    config, params = accelerated_residual.load(directory, target)
+    for name in ("intervals", "restart"):
+        if name in options and (mine := getattr(config, name)) != (wanted := options[name]):
+            raise InputError(
+                f"{name}: {wanted!r} given, but the adapters of {str(directory)!r} have {mine!r}"
+            )
+    if options.get("router") in exit_router.ROUTERS and not config.router_width:
+        raise InputError(f"router: {str(directory)!r} has adapters without routers")
+    return params
+
+
 _KEY = 0
 _PARTS = {
     learned_filter.ROLE: _Part(
@@ -92,6 +112,14 @@ _PARTS = {
         _adapter,
         lambda options, target: exit_adapter.init(
             exit_adapter.ExitAdapterConfig(options["exit_layer"]), target, jax.random.key(_KEY)
+        ),
+    ),
+    accelerated_residual.ROLE: _Part(
+        _accelerator,
+        lambda options, target: accelerated_residual.init(
+            accelerated_residual.AcceleratorConfig(options["intervals"]),
+            target,
+            jax.random.key(_KEY),
         ),
     ),
     feature_head.ROLE: _Part(

@@ -13,10 +13,12 @@ from decoding import methods
 from decoding.loop import ModelParams
 from decoding.unmasking import learned_filter
 from experiments import fine_tuned_models, method_parts
+from models import accelerated_residual as accelerated_residual_model
 from models import chimera_heads as chimera_heads_model
 from models import exit_adapter as exit_adapter_model
 from models import feature_head as feature_head_model
 from models import medusa_heads as medusa_heads_model
+from models.accelerated_residual import AcceleratorConfig
 from models.chimera_heads import ChimeraConfig
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice
@@ -24,6 +26,7 @@ from models.exit_adapter import ExitAdapterConfig
 from models.feature_head import FeatureHeadConfig
 from models.medusa_heads import MedusaConfig
 from training import (
+    accelerated_residual,
     chimera_heads,
     exit_adapter,
     feature_head,
@@ -60,6 +63,14 @@ def _adapter(target: str, entry: dict[str, Any]) -> Path:
     return target_features.ensure(_recipe(target, entry), exit_adapter.part(adapter))
 
 
+def _accelerator(target: str, entry: dict[str, Any]) -> Path:
+    config = AcceleratorConfig(**entry.pop("accelerator"))
+    objective = accelerated_residual.Objective(**entry.pop("objective", {}))
+    return target_features.ensure(
+        _recipe(target, entry), accelerated_residual.part(config, objective)
+    )
+
+
 def _head(target: str, entry: dict[str, Any]) -> Path:
     head = FeatureHeadConfig(**entry.pop("head"))
     objective = feature_head.Objective(**entry.pop("objective", {}))
@@ -85,6 +96,7 @@ def _recipe(target: str, entry: dict[str, Any]) -> PartRecipe:
 
 KINDS = {
     "filter": _Kind(learned_filter.ROLE, _filter),
+    "accelerator": _Kind(accelerated_residual_model.ROLE, _accelerator),
     "exit_adapter": _Kind(exit_adapter_model.ROLE, _adapter),
     "feature_head": _Kind(feature_head_model.ROLE, _head),
     "medusa_heads": _Kind(medusa_heads_model.ROLE, _medusa),

@@ -270,6 +270,14 @@ def _narrow(model: TransformerConfig) -> TransformerConfig:
     return model.replace(num_heads=heads, num_kv_heads=heads, head_dim=32)
 
 
+def _experts(
+    layers: int, width: int, vocab_size: int, experts: int, chosen: int, expert_dim: int
+) -> TransformerConfig:
+    return _narrow(_llama(layers, width, vocab_size)).replace(
+        family="mixtral", num_experts=experts, experts_per_token=chosen, mlp_dim=expert_dim
+    )
+
+
 def _untied(layers: int, width: int, vocab_size: int) -> TransformerConfig:
     return _narrow(_llama(layers, width, vocab_size)).replace(tie_embeddings=False)
 
@@ -340,6 +348,10 @@ RECIPES: dict[str, BaseModel] = {
     # Deep rather than wide, for methods that leave a model half-way or draft with its first layers.
     "code_deep": BaseModel(
         "stdlib_code", 1024, _with_muon(_narrow(_llama(8, 128, 1024)), 800, 256, 8, 4e-3)
+    ),
+    # As deep, of experts, for what depends on which of them a token goes through.
+    "code_experts": BaseModel(
+        "stdlib_code", 1024, _with_muon(_experts(8, 64, 1024, 16, 2, 96), 400, 128, 8, 5e-3)
     ),
     # Models whose tokeniser is exchanged: small, with tables of their own for input and output; and
     # a bidirectional one with a single table.

@@ -16,7 +16,12 @@ def fails(message: str):
 
 
 # What defaults do not suit the tiny target.
-NEEDED = {"kangaroo": {"exit_layer": 1}, "lud": {"pad_id": 1}}
+NEEDED = {
+    "kangaroo": {"exit_layer": 1},
+    "lud": {"pad_id": 1},
+    "m2r2": {"intervals": 2},
+    "m2r2_exit": {"intervals": 2},
+}
 
 
 def test_every_method_builds_with_its_defaults_and_once():
