@@ -88,8 +88,9 @@ def _model(
 def _markov(table: str, steps: int, **cipher: Any) -> LexinvariantModel:
     """A language of six symbols. A plateau at ln 6 lasts for a thousand steps or more."""
     train = TrainConfig(
-        model=_model(2, 32, 2, context=64, table=table),
-        optimizer=MuonConfig(learning_rate=1e-2, warmup_steps=100, weight_decay=0.01),
+        # Random vectors must be told apart: at a width of 32 the plateau lasts for all 6000 steps.
+        model=_model(2, 128, 4, context=64, table=table),
+        optimizer=MuonConfig(learning_rate=2e-2, warmup_steps=100, weight_decay=0.01),
         num_steps=steps,
         batch_size=32,
         sequence_length=32,
@@ -108,12 +109,12 @@ _CODE = TextData("stdlib_code", train_split="train[:15%]")
 def _characters(data: TextData, table: str, **cipher: Any) -> LexinvariantModel:
     """A small model of characters, the same one for every table and cipher."""
     train = TrainConfig(
-        model=_model(2, 48, 2, context=512, table=table),
+        model=_model(2, 128, 4, context=512, table=table),
         optimizer=MuonConfig(learning_rate=5e-3, warmup_steps=100, weight_decay=0.01),
-        num_steps=1500,
+        num_steps=4000,
         batch_size=8,
         sequence_length=128,
-        log_every=50,
+        log_every=100,
         eval_every=500,
         checkpoint_every=250,
     )
@@ -150,7 +151,7 @@ _PUBLISHED = {
 }
 
 RECIPES: dict[str, LexinvariantModel | ProbeModel] = {
-    "markov_lexinvariant": _markov("gaussian", 6000),
+    "markov_lexinvariant": _markov("gaussian", 4000),
     "markov_standard": _markov("learned", 500),
     **{
         f"markov_semi_{percent:03d}": _markov("learned", 500, permuted=percent / 100)
@@ -159,7 +160,7 @@ RECIPES: dict[str, LexinvariantModel | ProbeModel] = {
     "prose_lexinvariant": _characters(_PROSE, "gaussian"),
     "prose_standard": _characters(_PROSE, "learned"),
     "prose_probe": ProbeModel(
-        "prose_lexinvariant", num_steps=500, batch_size=8, sequence_length=128
+        "prose_lexinvariant", num_steps=1500, batch_size=8, sequence_length=128
     ),
     "code_lexinvariant": _characters(_CODE, "gaussian"),
     "code_standard": _characters(_CODE, "learned"),
