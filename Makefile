@@ -9,7 +9,7 @@ WORKERS ?= 2
 SYSTEMS := spectr rsd dyspec token_recycling aded bild \
   learn2pd ete window_diffusion llada21 enat mulo_sd \
   hat learn_your_tokens byte2word dynamic_tokenization zett lexinvariant \
-  m2r2 chimera
+  kangaroo m2r2 chimera lud skipdecode
 
 .PHONY: help setup demo test unit lint format reproduce benchmark clean
 
