@@ -67,7 +67,7 @@ def _shares(metric: str, config: ConfigDict) -> Found:
         both = zip(found[pair.better], found[pair.worse], strict=True)
         claims = [
             results.at_least(
-                f"head {k}, {_METRICS[metric]}: {pair.better} over {pair.worse}", mine / other, 1.0
+                f"head {k}, {_METRICS[metric]}: {pair.better} less {pair.worse}", mine - other, 0.0
             )
             for k, (mine, other) in enumerate(both, start=1)
         ]
