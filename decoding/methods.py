@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from decoding import (
+    confident_exit,
     early_exit,
     hierarchical,
     lexical_units,
@@ -53,6 +54,7 @@ METHODS: dict[str, MethodSpec] = {
     "bild": bild.SPEC,
     "byte2word": word_subwords.SPEC,
     "chimera": chimera.SPEC,
+    "calm": confident_exit.SPEC,
     "hat": hierarchical.SPEC,
     "kangaroo": kangaroo.SPEC,
     "lud": lexical_units.SPEC,

@@ -145,17 +145,21 @@ def default_layers(num_layers: int, speed_up: float) -> tuple[int, int]:
     return most, max(2, min(most, round(2 * mean - most)))
 
 
-def _build(configs: Configs, sampling: SamplingConfig, options: Mapping[str, Any]) -> Method:
-    config = configs["target"]
+def schedule(config: TransformerConfig, options: Mapping[str, Any]) -> SkipSchedule:
+    """The schedule that the method's options, all of them, describe for a model."""
     most, least = default_layers(config.num_layers, options["speed_up"])
-    schedule = SkipSchedule(
+    return SkipSchedule(
         options["max_layers"] or most,
         options["min_layers"] or max(least, options["warmup"] + 1),
         options["span"],
         options["warmup"],
         options["place"],
     )
-    return skip_decode(config, sampling, schedule, options["prompt_layers"])
+
+
+def _build(configs: Configs, sampling: SamplingConfig, options: Mapping[str, Any]) -> Method:
+    config = configs["target"]
+    return skip_decode(config, sampling, schedule(config, options), options["prompt_layers"])
 
 
 SPEC = MethodSpec(

@@ -29,6 +29,7 @@ from experiments import (
     fine_tuned_models,
     guess_accuracy,
     information,
+    layer_costs,
     lexical_unit_statistics,
     loading,
     lossless,
@@ -58,6 +59,7 @@ ANALYSES = {
     "greedy oracle": oracle_bound.measure,
     "guesses": guess_accuracy.measure,
     "lexical units": lexical_unit_statistics.measure,
+    "time over layers": layer_costs.measure,
     "information": information.measure,
     "layers ahead": accelerated_streams.measure_agreement,
     "likeness": accelerated_streams.measure_similarity,
@@ -236,7 +238,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 if quality := config.get("quality"):
                     line |= text_quality.measure(
                         quality, models.configs, models.params, models.tokenizer,
-                        line["role"], measured[label]["result"], held_out.answers,
+                        entry, measured[label]["result"], held_out.answers,
                     )  # fmt: skip
                 lines.append(line)
             if batch_size == config.decode.batch_sizes[0]:
@@ -260,7 +262,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "runs": lines,
         "samples": samples,
         "claims": records.claims(config, lines),
-        "figures": {},
+        "figures": text_quality.figures(lines, models.configs) if config.get("quality") else {},
     }
     for name in config.get("analyses", ()):
         check_choice("config.analyses", name, ANALYSES)

@@ -17,7 +17,7 @@ from models import masks, transformer
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 
-PLACES = ("top", "bottom")
+PLACES = ("top", "bottom", "spread")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,9 @@ class SkipSchedule:
       span: G, tokens over which it falls.
       warmup: W, layers at the bottom that always run.
       place: where the other layers are: at the 'top' (published), or at the 'bottom' above the
-        warm-up, which is early termination by the same schedule.
+        warm-up, which is early termination by the same schedule (truncation, where it does not
+        fall); or 'spread' evenly from the first to the last, which must not fall (Unified Layer
+        Skipping).
     """
 
     max_layers: int
@@ -53,6 +55,12 @@ class SkipSchedule:
         if self.max_layers < self.min_layers:
             raise InputError(
                 f"max_layers: {self.max_layers} must be at least min_layers {self.min_layers}"
+            )
+
+        if self.place == "spread" and not 2 <= self.max_layers == self.min_layers:
+            raise InputError(
+                f"place: 'spread' needs as many layers for all tokens, at least 2; max_layers is "
+                f"{self.max_layers}, min_layers {self.min_layers}"
             )
 
     def check(self, config: TransformerConfig) -> None:
@@ -78,6 +86,10 @@ class SkipSchedule:
         """Whether a token of `budget` layers runs `layer`; of NumPy or JAX integers."""
         if self.place == "bottom":
             return layer < budget
+        if self.place == "spread":  # a prompt may run all layers
+            steps = self.max_layers - 1
+            kept = {(2 * i * (num_layers - 1) + steps) // (2 * steps) for i in range(steps + 1)}
+            return (layer in kept) | (budget >= num_layers)
         return (layer < self.warmup) | (layer >= num_layers - (budget - self.warmup))
 
 

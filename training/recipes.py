@@ -349,6 +349,10 @@ RECIPES: dict[str, BaseModel] = {
     "code_deep": BaseModel(
         "stdlib_code", 1024, _with_muon(_narrow(_llama(8, 128, 1024)), 800, 256, 8, 4e-3)
     ),
+    # As deep, on sentences that say what is meant: for methods that leave out layers.
+    "slots_deep": AnsweringModel(
+        "slot_sentences", 512, _with_muon(_narrow(_llama(8, 128, 512)), 300, 128, 8, 5e-3)
+    ),
     # As deep, of experts, for what depends on which of them a token goes through.
     "code_experts": BaseModel(
         "stdlib_code", 1024, _with_muon(_experts(8, 64, 1024, 16, 2, 96), 400, 128, 8, 5e-3)

@@ -62,11 +62,17 @@ def test_a_schedule_falls_from_most_to_fewest_and_active_layers_are_nested(sched
     assert all(set(range(schedule.warmup)) <= layers for layers in active)
 
 
-@pytest.mark.parametrize("warmup", [0, 1, 2])
-@pytest.mark.parametrize("place", ["top", "bottom"])
-def test_decoding_is_what_the_gated_forward_computes(warmup, place):
+@pytest.mark.parametrize(
+    ("most", "least", "warmup", "place"),
+    [
+        *((5, 3, warmup, place) for warmup in (0, 1, 2) for place in ("top", "bottom")),
+        (4, 4, 1, "spread"),
+        (2, 2, 1, "bottom"),  # truncation
+    ],
+)
+def test_decoding_is_what_the_gated_forward_computes(most, least, warmup, place):
     """Greedy tokens of rows of different lengths, and the layers that were run."""
-    schedule = SkipSchedule(5, 3, 8, warmup, place)
+    schedule = SkipSchedule(most, least, 8, warmup, place)
     rows = decode(schedule)
     longest = max(map(len, tiny.PROMPTS)) + STOP.max_new_tokens
     tokens = np.zeros((len(rows), longest), np.int32)
@@ -85,6 +91,28 @@ def test_decoding_is_what_the_gated_forward_computes(warmup, place):
         assert row.stats["layers_run"] == sum(
             int(schedule.layers(t)) for t in range(STOP.max_new_tokens)
         )
+
+
+def test_spread_layers_are_even_and_hold_the_first_and_the_last():
+    for L, n in itertools.product(range(2, 33), range(2, 33)):
+        if n <= L:
+            schedule = SkipSchedule(n, n, 1, 1, "spread")
+            kept = [l for l in range(L) if schedule.runs(l, L, n)]
+            assert kept == [int(i * (L - 1) / (n - 1) + 0.5) for i in range(n)]
+            assert all(schedule.runs(l, L, L) for l in range(L))  # a prompt
+    with pytest.raises(InputError, match="place: 'spread' needs as many layers"):
+        SkipSchedule(4, 2, 8, 1, "spread")
+
+
+def test_a_truncated_model_is_the_model_of_its_first_layers():
+    """Static truncation: nothing of the upper layers counts, not even of the prompt."""
+    kept = {k: v for k, v in params()["target"].items() if k not in ("layers_4", "layers_5")}
+    short = CONFIG.replace(num_layers=4)
+    method = tiny.methods.build("autoregressive", {"target": short}, SamplingConfig())
+    plain = generation.generate({"target": kept}, tiny.PROMPTS, method, STOP)
+    for prompt_layers in ("full", "max"):
+        rows = decode(SkipSchedule(4, 4, 1, 1, "bottom"), prompt_layers=prompt_layers)
+        assert tiny.texts(rows) == tiny.texts(plain)
 
 
 def test_all_layers_for_all_tokens_is_plain_decoding():

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from decoding.generation import Row
 from experiments import text_quality
+from experiments.config_parts import method
 from tests.decoding import tiny
 
 CONFIG, PARAMS = tiny.TARGET, tiny.params()
@@ -51,7 +52,7 @@ def test_choices_and_losses_are_those_of_the_models():
     ]
     found = text_quality.measure(
         ConfigDict({"own_choices": True, "judge": "draft"}), tiny.CONFIGS, PARAMS, Words(),
-        "target", rows, [Words().decode(text) for text in plain],
+        method("units", "lud"), rows, [Words().decode(text) for text in plain],
     )  # fmt: skip
     wrong, nats = 0, []
     for prompt, text in zip(tiny.PROMPTS, other, strict=False):

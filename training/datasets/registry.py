@@ -23,6 +23,7 @@ from training.datasets.arithmetic import Arithmetic
 from training.datasets.cldr import Cldr
 from training.datasets.digit_scenes import DigitScenes
 from training.datasets.jsonl_prompts import JsonlPrompts
+from training.datasets.slot_sentences import SlotSentences
 from training.datasets.spelled_numbers import SpelledNumbers
 from training.datasets.stdlib_code import StdlibCode
 from training.datasets.stdlib_docstrings import StdlibDocstrings
@@ -33,6 +34,7 @@ BUILDERS = {
     "stdlib_docstrings": StdlibDocstrings,
     "arithmetic": Arithmetic,
     "spelled_numbers": SpelledNumbers,
+    "slot_sentences": SlotSentences,
     "text_files": TextFiles,
     "jsonl_prompts": JsonlPrompts,
     "digit_scenes": DigitScenes,
