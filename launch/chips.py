@@ -37,14 +37,15 @@ _CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"
 # Google Cloud's pages 'TPU v4', 'TPU v5e', 'TPU v5p' and 'TPU v6e' (docs.cloud.google.com),
 # read in November 2026. They give no interconnect bandwidth for v4: 300 GB/s are the 2,400 Gbit/s
 # that comparisons with v4 used to give. v5e's memory is 819 GB/s there, or 800 GiB/s (859 GB/s) in
-# a newer version; the lower one is taken. 1x1x1 is one chip of a host of four.
+# a newer version; the lower one is taken. Its 16 GB and v6e's 32 are GiB to the compiler. 1x1x1
+# is one chip of a host of four.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", 275e12, 32 * 2**30, 1200e9, 300e9, _CUBES),
-        Chip("v5e", 197e12, 16e9, 819e9, 400e9, _FLAT),
+        Chip("v5e", 197e12, 16 * 2**30, 819e9, 400e9, _FLAT),
         Chip("v5p", 459e12, 95 * 2**30, 2765e9, 1200e9, _CUBES),
-        Chip("v6e", 918e12, 32e9, 1638e9, 800e9, _FLAT),
+        Chip("v6e", 918e12, 32 * 2**30, 1638e9, 800e9, _FLAT),
     )
 }
 

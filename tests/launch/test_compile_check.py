@@ -12,7 +12,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import cli
-from launch import chips, compile_check, hlo_costs, mesh_search, programs, reports, topologies
+from launch import (
+    chips,
+    compile_check,
+    hlo_costs,
+    hlo_text,
+    mesh_search,
+    programs,
+    reports,
+    topologies,
+)
 from launch.hlo_costs import Collective, Costs
 from launch.programs import Decoding, Lowered
 from models import sizes
@@ -200,7 +209,7 @@ def test_costs_of_a_module_that_can_be_counted_by_hand():
     assert program.total().open_loops == 1
     assert program.main_loop().hbm_bytes == 2048 + 8192 + 2048
     with pytest.raises(ValueError, match="no entry"):
-        hlo_costs.parse("nothing")
+        hlo_text.parse("nothing")
 
 
 @pytest.mark.parametrize(
@@ -216,19 +225,19 @@ def test_costs_of_a_module_that_can_be_counted_by_hand():
     ],
 )
 def test_every_way_to_write_a_group(text, size):
-    assert hlo_costs.group_size(text) == size
+    assert hlo_text.group_size(text) == size
 
 
 def test_windows_count_what_meets_an_element_only():
     # A batch axis written as a window: of 6 x 6 pairs one in each place meets the input.
-    (window,) = hlo_costs._windows("window={size=6 pad=5_5 rhs_reversal=1}, dim", 1)
-    assert hlo_costs._hits(window, 1, 6) == 6
-    (window,) = hlo_costs._windows("window={size=16 stride=15 lhs_dilate=16}", 1)
+    (window,) = hlo_text.windows("window={size=6 pad=5_5 rhs_reversal=1}, dim", 1)
+    assert hlo_text.hits(window, 1, 6) == 6
+    (window,) = hlo_text.windows("window={size=16 stride=15 lhs_dilate=16}", 1)
     naive = sum(
         (15 * out + place) % 16 == 0 and (15 * out + place) // 16 < 16
         for out in range(16) for place in range(16)
     )  # fmt: skip
-    assert hlo_costs._hits(window, 16, 16) == naive == 16
+    assert hlo_text.hits(window, 16, 16) == naive == 16
 
 
 def test_a_roofline_is_its_longest_part_and_small_collectives_take_their_hops():
