@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from decoding import loop, randomness, stopping
 from decoding.loop import DecodeState, Method, ModelParams
 from models import cache as kv
-from models import sharding
+from models import distributed, sharding
 from models.config import TransformerConfig
 from models.errors import InputError
 
@@ -279,7 +279,7 @@ def _row(state: DecodeState, row: int) -> Row:
 
 def _fetch(state: DecodeState) -> DecodeState:
     """The state's text and counters on the host, without its caches."""
-    return jax.device_get(state.replace(inner=(), keys=()))
+    return distributed.on_host(state.replace(inner=(), keys=()))
 
 
 def generate(

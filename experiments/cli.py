@@ -7,10 +7,13 @@ another, and ends with
         cli.run_main(main, FLAGS)
 
 Results go to standard output, everything else to standard error. Exit status: 0; 1 for a defect
-(with a traceback); 2 for bad input (one line, `error: ...`); 130 when interrupted. Nothing here
-imports JAX, so that a mistyped flag is answered at once.
+(with a traceback); 2 for bad input (one line, `error: ...`); 130 when interrupted; 143 when SIGTERM
+ended it after what was done had been saved, and 75 when another process of the job died, both of
+which a launcher may start again. Nothing here
+imports JAX before the flags are read, so that a mistyped one is answered at once.
 """
 
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -90,6 +93,49 @@ def use_compilation_cache() -> None:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def define_cluster(
+    program: flags.FlagValues,
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Flags that say where the other processes of a job are; `models.distributed` has the rest.
+
+    Returns:
+      To be called, and entered, once flags are read and before JAX is used: the job.
+    """
+
+    def text(name: str, default: str | None, what: str) -> flags.FlagHolder:
+        return flags.DEFINE_string(name, default, what, flag_values=program)
+
+    def integer(name: str, default: int | None, least: int, what: str) -> flags.FlagHolder:
+        return flags.DEFINE_integer(name, default, what, least, flag_values=program)
+
+    coordinator = text("coordinator", None, "HOST:PORT of process 0, or JAX_COORDINATOR_ADDRESS.")
+    count = integer("num_processes", None, 1, "Processes of this job, or JAX_NUM_PROCESSES.")
+    index = integer("process_id", None, 0, "Which of them this is, or JAX_PROCESS_ID.")
+    found = flags.DEFINE_enum(
+        "cluster", "auto", ("auto", "none"),
+        "Whether to look for the other processes on Cloud TPU, Slurm and Open MPI.",
+        flag_values=program,
+    )  # fmt: skip
+    connect = integer("connect_timeout", 300, 1, "Seconds to wait for the other processes.")
+    heartbeat = integer("heartbeat_timeout", 100, 1, "Seconds until a silent process is dead.")
+
+    def job() -> contextlib.AbstractContextManager[None]:
+        from models import distributed
+
+        cluster = distributed.from_environment(
+            os.environ,
+            coordinator=coordinator.value,
+            num_processes=count.value,
+            process_id=index.value,
+            detect=found.value == "auto",
+            connect_timeout=connect.value,
+            heartbeat_timeout=heartbeat.value,
+        )
+        return distributed.job(cluster)
+
+    return job
 
 
 def define_config(

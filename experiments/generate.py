@@ -12,10 +12,15 @@ number, not on --batch_size.
 With --json, standard output has one JSON object a row and nothing else: `id` (of the prompt),
 `sample`, `prompt_ids`, `token_ids` (an end-of-sequence token included), `text` (null without a
 tokeniser), `finish_reason` ('eos', 'length' or 'context') and `stats`, the row's counters.
+
+With --workdir, rows are kept as they come, and a run that was stopped goes on behind the last one;
+standard output is that of a run that was not. Several processes share out the batches, and the
+first one prints and keeps all rows, in order. See "Several hosts" in docs/performance.md.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -24,9 +29,12 @@ from experiments import cli
 from models.errors import InputError
 
 if TYPE_CHECKING:  # these import JAX, which a mistyped flag should not wait for
+    from jax.sharding import Mesh
+
     from decoding.generation import Event, Row
     from decoding.loop import ModelParams
     from decoding.sampling import SamplingConfig
+    from experiments.kept_rows import KeptRows
     from experiments.loading import Prompt
     from models.config import TransformerConfig
     from models.tokenizer import Tokenizer
@@ -89,6 +97,9 @@ _DTYPE = _text("dtype", None, "float32, bfloat16 or float16; default as stored."
 _MESH = _text("mesh", None, "DATAxMODEL devices, for example 2x4; default one device.")
 _STREAM = _switch("stream", "Print the text of a single row as it comes.")
 _JSON = _switch("json", "Print one JSON object a row.")
+_PROFILE = _text("profile", None, "Directory for a trace of the first batch, decoded once more.")
+_WORKDIR = _text("workdir", None, "Directory to keep rows in, and to go on from.")
+_JOB = cli.define_cluster(FLAGS)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -103,7 +114,13 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("prompt: missing; give --prompt, --prompts_file or --prompt_ids")
     if _STREAM.value and _JSON.value:
         raise InputError("stream: not with --json; allowed: one of the two")
-    _generate(method_options(_METHOD_OPTION.value))
+    if _STREAM.value and _PROFILE.value:
+        raise InputError("stream: not with --profile; allowed: one of the two")
+    if _STREAM.value and _WORKDIR.value:
+        raise InputError("stream: not with --workdir; allowed: one of the two")
+    options = method_options(_METHOD_OPTION.value)
+    with _JOB():
+        _generate(options)
 
 
 def list_methods() -> str:
@@ -135,7 +152,8 @@ def method_options(pairs: Sequence[str]) -> dict[str, str]:
 def _generate(options: dict[str, Any]) -> None:
     """Checks everything that can be checked before weights are read, then decodes and prints."""
     from decoding import generation, methods
-    from experiments import loading, method_parts
+    from experiments import kept_rows, loading, method_parts
+    from models import distributed
 
     name = _METHOD.value
     memory = method_parts.load_memory(name, _METHOD_PARAMS.value)
@@ -158,6 +176,8 @@ def _generate(options: dict[str, Any]) -> None:
     rows = len(prompts) * _NUM_SAMPLES.value
     if _STREAM.value and rows > 1:
         raise InputError(f"stream: {rows} rows; allowed: one prompt and one sample")
+    if _STREAM.value and distributed.several():
+        raise InputError("stream: not in several processes; allowed: one process")
 
     configs, params = loading.load_models(sources, dtype=_DTYPE.value, mesh=mesh)
     run = {
@@ -170,15 +190,94 @@ def _generate(options: dict[str, Any]) -> None:
     if _STREAM.value:
         _stream(params | parts, prompts[0], tokenizer, run | {"hot": hot})
         return
-    show = _json_line if _JSON.value else _readable
-    for ids in batches(rows, _BATCH_SIZE.value, mesh.shape["data"] if mesh else 1):
+
+    def decode(ids: list[int]) -> list[dict[str, Any]]:
         chosen = [prompts[i // _NUM_SAMPLES.value] for i in ids]
         done = generation.generate(
             params | parts, [prompt.ids for prompt in chosen], row_ids=ids, hot=hot, **run
         )
         # By number, so that a repeated row is shown once.
-        for i, (prompt, row) in dict(zip(ids, zip(chosen, done))).items():
-            print(show(row, prompt, i % _NUM_SAMPLES.value, tokenizer), flush=True)
+        return [
+            _record(row, prompt, i % _NUM_SAMPLES.value, tokenizer)
+            for i, (prompt, row) in dict(zip(ids, zip(chosen, done))).items()
+        ]
+
+    def show(line: str, row: int) -> None:
+        prompt = prompts[row // _NUM_SAMPLES.value]
+        print(line if _JSON.value else _readable(json.loads(line), prompt, tokenizer), flush=True)
+
+    numbers = list(batches(rows, _BATCH_SIZE.value, mesh.shape["data"] if mesh else 1))
+    if _PROFILE.value:
+        first = [prompts[i // _NUM_SAMPLES.value].ids for i in numbers[0]]
+        _profile(lambda: generation.generate(params | parts, first, row_ids=numbers[0], **run))
+    settings = _settings(name, sources, options, prompts)
+    with kept_rows.opened(_WORKDIR.value, settings, len(numbers[0]), rows) as kept:
+        for row, line in enumerate(kept.lines):
+            if distributed.is_first():
+                show(line, row)
+        begun = -(-len(kept.lines) // len(numbers[0]))
+        for row, line in _rounds(numbers, begun, decode, mesh, kept):
+            show(line, row)
+
+
+def _profile(decode: Callable[[], Any]) -> None:
+    """Traces a call that is compiled; what is printed later, and learned, is left alone."""
+    from experiments import profiling
+
+    with profiling.asked(Path(_PROFILE.value)):
+        decode()
+        profiling.trace_once({_METHOD.value: decode})
+
+
+def _rounds(
+    numbers: Sequence[list[int]],
+    begun: int,
+    decode: Callable[[list[int]], list[dict[str, Any]]],
+    mesh: "Mesh | None",
+    kept: "KeptRows",
+) -> Iterator[tuple[int, str]]:
+    """Decodes batches from number `begun` on; yields rows as JSON, to the first process alone.
+
+    In a round each process decodes a batch of its own, and hands its rows to all. On a mesh of
+    several processes all of them decode the same batch together.
+
+    Raises:
+      SystemExit: `training.loop.TERMINATED`, when one of several processes was sent SIGTERM.
+    """
+    from models import distributed
+    from training.loop import TERMINATED
+
+    together = mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
+    count, index = distributed.processes()
+    count, index = (1, 0) if together else (count, index)
+    for start in range(begun, len(numbers), count):
+        own = numbers[start + index] if start + index < len(numbers) else None
+        text = "\n".join(map(json.dumps, decode(own))) if own else ""
+        shares = [text] if together else distributed.gather(text)
+        lines = [line for share in shares for line in share.split("\n") if line]
+        if distributed.is_first():
+            kept.append(lines)
+            yield from enumerate(lines, start=numbers[start][0])
+        if distributed.preempted():
+            raise SystemExit(TERMINATED)
+
+
+def _settings(
+    method: str, sources: dict[str, str], options: dict[str, Any], prompts: "Sequence[Prompt]"
+) -> dict[str, Any]:
+    """Everything that rows depend on."""
+    flags_read = (
+        _METHOD_PARAMS, _UNTRAINED_PARTS, _NUM_SAMPLES, _MAX_NEW_TOKENS, _TEMPERATURE, _TOP_K,
+        _TOP_P, _MIN_P, _REPETITION_PENALTY, _SEED, _DTYPE,
+    )  # fmt: skip
+    names = [[prompt.name, prompt.ids] for prompt in prompts]
+    return {
+        "method": method,
+        "models": sources,
+        "options": {name: str(value) for name, value in options.items()},
+        **{flag.name: flag.value for flag in flags_read},
+        "prompts": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+    }
 
 
 def _sampling() -> "SamplingConfig":
@@ -210,7 +309,7 @@ def _stream(
     for piece in pieces(events(), prompt, tokenizer):
         print(header + piece, end="", flush=True)
         header = ""
-    print("\n" + _stats_line(finished[0]))
+    print("\n" + _stats_line(_stats(finished[0]), finished[0].finish_reason))
 
 
 def _load_tokenizer(config: "TransformerConfig") -> "Tokenizer | None":
@@ -280,29 +379,31 @@ def _text_of(token_ids: Sequence[int], prompt: "Prompt", tokenizer: "Tokenizer |
     return loading.continuation(tokenizer, prompt.ids, token_ids)
 
 
-def _json_line(row: "Row", prompt: "Prompt", sample: int, tokenizer: "Tokenizer | None") -> str:
-    """A row as one line of JSON."""
-    return json.dumps(
-        {
-            "id": prompt.name,
-            "sample": sample,
-            "prompt_ids": row.prompt_ids,
-            "token_ids": row.token_ids,
-            "text": None if tokenizer is None else _text_of(row.token_ids, prompt, tokenizer),
-            "finish_reason": row.finish_reason,
-            "stats": _stats(row),
-        }
-    )
+def _record(
+    row: "Row", prompt: "Prompt", sample: int, tokenizer: "Tokenizer | None"
+) -> dict[str, Any]:
+    """A row as JSON can hold it."""
+    return {
+        "id": prompt.name,
+        "sample": sample,
+        "prompt_ids": row.prompt_ids,
+        "token_ids": row.token_ids,
+        "text": None if tokenizer is None else _text_of(row.token_ids, prompt, tokenizer),
+        "finish_reason": row.finish_reason,
+        "stats": _stats(row),
+    }
 
 
-def _readable(row: "Row", prompt: "Prompt", sample: int, tokenizer: "Tokenizer | None") -> str:
-    """A row for people: prompt, continuation and a line of stats."""
-    text = _text_of(row.token_ids, prompt, tokenizer)
-    return f"{_header(prompt, sample, tokenizer)}\n{text}\n{_stats_line(row)}"
+def _readable(record: dict[str, Any], prompt: "Prompt", tokenizer: "Tokenizer | None") -> str:
+    """A `_record` for people: prompt, continuation and a line of stats."""
+    text = record["text"]
+    if text is None:
+        text = _text_of(record["token_ids"], prompt, None)
+    line = _stats_line(record["stats"], record["finish_reason"])
+    return f"{_header(prompt, record['sample'], tokenizer)}\n{text}\n{line}"
 
 
-def _stats_line(row: "Row") -> str:
-    stats = _stats(row)
+def _stats_line(stats: dict[str, Any], finish_reason: str) -> str:
     line = (
         f"--- {stats['tokens_emitted']} tokens in {stats['target_calls']} target calls "
         f"({stats['tokens_per_target_call']:.2f} a call)"
@@ -312,7 +413,7 @@ def _stats_line(row: "Row") -> str:
     if stats["acceptance_by_depth"]:
         shares = " ".join(f"{share:.0%}" for share in stats["acceptance_by_depth"])
         line += f", accepted by depth {shares}"
-    return f"{line}, ended by {row.finish_reason} ---"
+    return f"{line}, ended by {finish_reason} ---"
 
 
 def _header(prompt: "Prompt", sample: int, tokenizer: "Tokenizer | None") -> str:

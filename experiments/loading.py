@@ -59,13 +59,19 @@ class Prompt:
 
 
 def parse_mesh(text: str | None) -> Mesh | None:
-    """The mesh of `2x4`: 2 parts of the batch by 4 of every model. None for one device."""
+    """The mesh of `2x4`: 2 parts of the batch by 4 of every model. None for one device.
+
+    Each of several processes has a mesh of its own devices where these are enough; a larger mesh is
+    of all processes.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
         raise InputError(f"mesh: {text!r} must be DATAxMODEL, for example 2x4")
-    return sharding.make_mesh(int(match[1]), int(match[2]))
+    data, model = int(match[1]), int(match[2])
+    own = jax.local_devices()
+    return sharding.make_mesh(data, model, devices=own if data * model <= len(own) else None)
 
 
 def load_config(source: str) -> Architecture:

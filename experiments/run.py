@@ -28,6 +28,10 @@ _WORKDIR = flags.DEFINE_string(
 _FRESH = flags.DEFINE_bool(
     "fresh", False, "Remove results of an earlier run in --workdir first.", flag_values=FLAGS
 )
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "Directory for a trace of one warm call of each method.", flag_values=FLAGS
+)
+_JOB = cli.define_cluster(FLAGS)
 
 # What a run leaves in its work directory, and all that --fresh removes.
 _OUTPUTS = (
@@ -68,23 +72,27 @@ def experiments() -> dict[str, Callable[[ConfigDict, Path], dict[str, Any]]]:
 def execute(config: ConfigDict, workdir: Path, *, fresh: bool = False) -> dict[str, Any]:
     """Runs the experiment of `config` in `workdir` and returns its results.
 
+    Of several processes all do the same: they train together, each decodes on its own devices,
+    and the first one writes.
+
     Raises:
       InputError: a work directory in use or of another config, or bad values in the config.
     """
     from experiments import report, results
+    from models import distributed
     from training import checkpoints, metric_writers
 
     kinds = experiments()
     check_choice("config.experiment", config.experiment, kinds)
     with checkpoints.lock(workdir):
         if fresh:
-            for name in _OUTPUTS:
-                target = workdir / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            distributed.first(lambda: _remove_outputs(workdir))
         plain = json.loads(config.to_json())  # to_dict leaves configs inside tuples as they are
         checkpoints.claim(workdir, plain)
         found = results.header(config.name, plain)
         found |= kinds[config.experiment](config, workdir)
+        if not distributed.is_first():
+            return found
         results.write(workdir, found)
         writer = metric_writers.create_writer(workdir)
         for step, record in enumerate(found["runs"]):
@@ -95,14 +103,31 @@ def execute(config: ConfigDict, workdir: Path, *, fresh: bool = False) -> dict[s
     return found
 
 
+def _remove_outputs(workdir: Path) -> None:
+    for name in _OUTPUTS:
+        target = workdir / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+
+
 def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise InputError(f"--{'config' if _CONFIG.value is None else 'workdir'}: missing")
+    workdir = Path(_WORKDIR.value)
+    with _JOB():
+        from experiments import profiling
+        from models import distributed
+
+        profile = Path(_PROFILE.value) if _PROFILE.value else None
+        with profiling.asked(profile):
+            found = execute(_CONFIG.value, workdir, fresh=_FRESH.value)
+        if distributed.is_first():
+            _show(found, workdir)
+
+
+def _show(found: dict[str, Any], workdir: Path) -> None:
     from experiments import records
 
-    workdir = Path(_WORKDIR.value)
-    found = execute(_CONFIG.value, workdir, fresh=_FRESH.value)
     print(records.table(found["runs"]))
     for run in found["runs"]:
         if "quality" in run:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from models import hf_config, hf_names, safetensors_io, sharding
+from models import distributed, hf_config, hf_names, safetensors_io, sharding
 from models.config import DTYPES, TransformerConfig
 from models.errors import InputError, check_choice, nearest
 from models.hf_fields import read_eos
@@ -254,7 +254,8 @@ def save(
     Args:
       directory: new, empty, or an older checkpoint, which is replaced once all is written.
       config: the architecture; its `family` decides names and layout.
-      params: the parameter tree, on any devices of this process.
+      params: the parameter tree, on any devices; where they are those of several processes, all of
+        them save, each into its own directory.
       max_shard_bytes: largest file, in bytes of tensor data.
       dtype: a name of `models.config.DTYPES` to convert to; default as it is.
       tokenizer_from: a checkpoint whose tokeniser files are copied along.
@@ -273,7 +274,7 @@ def save(
 
     @functools.lru_cache(maxsize=1)  # a parameter's pieces are asked for one after another
     def on_host(path: hf_names.Path) -> np.ndarray:
-        return np.asarray(flat[path])
+        return np.asarray(distributed.on_host(flat[path]))
 
     def make(
         path: hf_names.Path, pieces: tuple[hf_names.Piece, ...], stored_as: np.dtype

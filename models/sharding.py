@@ -6,6 +6,7 @@ propagation, so a decoding loop or a training step is the same code on one devic
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,14 +37,39 @@ PARTITION_TABLE: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(data: int = 1, model: int = 1) -> Mesh:
-    """A mesh of data x model devices; raises InputError when there are fewer devices."""
-    available = jax.device_count()
+def make_mesh(
+    data: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of data x model devices.
+
+    Args:
+      data, model: devices along each axis. 1 x 1, which asks for no layout, is of several processes
+        a device of each along 'data'.
+      devices: to choose from; None for those of all processes.
+
+    Raises:
+      InputError: there are fewer devices, or a process of the job would have none of them.
+    """
+    everywhere = devices is None
+    devices = jax.devices() if devices is None else devices
+    count = jax.process_count()
+    if everywhere and count > 1 and data == model == 1:
+        data, devices = (
+            count,
+            [next(d for d in devices if d.process_index == i) for i in range(count)],
+        )
+    available = len(devices)
     if data < 1 or model < 1 or data * model > available:
         raise InputError(
             f"mesh: {data}x{model} needs {data * model} devices; {available} available"
         )
-    devices = jax.devices()[: data * model]
+    devices = devices[: data * model]
+    idle = set(range(count)) - {device.process_index for device in devices}
+    if everywhere and idle:
+        raise InputError(
+            f"mesh: {data}x{model} leaves process {min(idle)} without a device; the "
+            f"{count} processes of this job have {available} devices in all"
+        )
     return jax.make_mesh(
         (data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices
     )

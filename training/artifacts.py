@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from models import distributed
 from models.errors import InputError, nearest
 from training import checkpoints
 from training.datasets import identity
@@ -17,19 +18,28 @@ def cached(final: pathlib.Path, make: Callable[[pathlib.Path, pathlib.Path], Non
     """`final`, made by one process at a time where it is missing.
 
     `make(work, result)` fills the directory `result`, which is then renamed; what it leaves in
-    the directory `work` is there again when it was killed and another process takes over.
+    the directory `work` is there again when it was killed and another process takes over. Of
+    several processes of one job all make it together, and what the first one wrote is kept.
     """
     # The lock's own directory stays: removing it would race with a process about to open it.
     held = final.parent / ".work" / final.name
     work, result = held / "work", held / "result"
-    if not final.exists():
+    _, index = distributed.processes()
+    own = held / f"result.{index}" if index else result  # so that makers need not know
+
+    def keep() -> None:
+        with checkpoints.disk_errors("cannot keep the result", final.parent):
+            result.rename(final)
+        shutil.rmtree(work, ignore_errors=True)
+
+    if not distributed.first(final.exists):
         with checkpoints.lock(held, wait=True):
-            if not final.exists():
-                shutil.rmtree(result, ignore_errors=True)
-                make(work, result)
-                with checkpoints.disk_errors("cannot keep the result", final.parent):
-                    result.rename(final)
-                shutil.rmtree(work, ignore_errors=True)
+            if not distributed.first(final.exists):
+                shutil.rmtree(own, ignore_errors=True)
+                make(work, own)
+                distributed.first(keep)
+                if own != result:
+                    shutil.rmtree(own, ignore_errors=True)
     return final
 
 

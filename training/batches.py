@@ -7,14 +7,17 @@ in random order when shuffling.
 """
 
 import functools
+import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 from grain import experimental as grain_experimental
 
+from models import distributed
 from models.errors import InputError, check_choice
 
 Batch = dict[str, np.ndarray]
@@ -164,12 +167,15 @@ def train_batches(
     seed: int = 0,
     shuffle: bool = True,
     num_epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    shards: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Iterator over packed training batches, whose position can be saved and restored.
 
-    Each batch is a dict of arrays with B = `batch_size` and T = `seq_len`:
+    Each batch is a dict of arrays with B = `batch_size` and T = `seq_len`; of several processes,
+    each has its own B / `process_count` rows of it, and all together have the rows that a single
+    one would have:
       tokens: int32 [B, T]; 0 on padding.
       targets: int32 [B, T], the document's next token; 0 where there is none. At the end of
         a window this is the first token of the next window, so that cutting a document loses
@@ -182,39 +188,53 @@ def train_batches(
         over summed bytes (both times `loss_mask`), divided by ln 2, are the bits per byte.
 
     `iterator.get_state()` after a batch is a JSON-serialisable dict, and `set_state` of it on an
-    iterator made with the same arguments, in any process, continues with exactly the next batch.
+    iterator made with the same arguments, in any process and with any number of them, continues
+    with exactly the next batch.
 
     Args:
       documents: what to pack, in a new random order each epoch when shuffling. Documents of two
         epochs can share a row.
-      batch_size: rows of this process's batches.
+      batch_size: rows of a batch, over all processes.
       seq_len: tokens of a row.
       seed: of the order.
       shuffle: False to keep the order of `documents`, apart from first fit.
       num_epochs: None for no end. With an end, the last batch is filled up with rows of padding;
-        processes can end one or a few batches apart, so train by steps when there are several.
-      process_index, process_count: this process reads every `process_count`-th document.
+        shards can end one or a few batches apart, so train by steps when there are several.
+      shards: parts of the documents, each packed on its own into B / `shards` rows of a batch.
+        With 1 every process reads all documents and keeps its rows; with a multiple of the number
+        of processes each reads its own shards alone. The batches depend on it, but not on who
+        reads them.
+      process_index, process_count: this process; None for JAX's own.
 
     Raises:
-      InputError: a number out of range, or fewer documents than processes.
+      InputError: a number out of range, one that does not divide another, or fewer documents than
+        shards.
     """
+    process_index, process_count = own_process(process_index, process_count)
     _check_sizes(batch_size, seq_len, process_index, process_count)
+    _check_shards(shards, batch_size, process_count, len(documents))
     if num_epochs is not None and num_epochs < 1:
         raise InputError(f"num_epochs: {num_epochs} must be at least 1, or None for no end")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed: {seed} must be between 0 and 2**32 - 1")
-    if len(documents) < process_count:
-        raise InputError(
-            f"process_count: {process_count} processes cannot share {len(documents)} documents"
-        )
     # grain shuffles epoch e with seed + e: hashed, or the next seed's run would repeat this one
     # an epoch later.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    source = grain.MapDataset.source(documents)[process_index::process_count]
-    if shuffle:
-        source = source.shuffle(seed=seed)
-    rows = _pack(source.repeat(num_epochs), seq_len, shuffle, seed)
-    return iter(_batch(rows, batch_size))
+
+    def shard(number: int) -> grain.IterDataset:
+        source = grain.MapDataset.source(documents)[number::shards]
+        if shuffle:
+            source = source.shuffle(seed=seed)
+        rows = _pack(source.repeat(num_epochs), seq_len, shuffle, seed)
+        return _batch(rows, batch_size // shards)
+
+    sharers = max(1, process_count // shards)  # processes that read the same shard
+    own = _take(own_rows(batch_size // shards, process_index % sharers, sharers))
+    if shards == 1:
+        return iter(shard(0).map(own))
+    start = process_index * shards // process_count
+    mine = range(start, start + max(1, shards // process_count))
+    return _Shards({number: iter(shard(number).map(own)) for number in mine})
 
 
 def eval_batches(
@@ -222,24 +242,68 @@ def eval_batches(
     *,
     batch_size: int,
     seq_len: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> Iterable[Batch]:
     """One pass over `documents` in order; each iteration starts afresh. Fields as in training.
 
-    Every process packs all documents and takes its rows of each batch of
-    `process_count * batch_size` rows, so that all have as many batches and a loss summed over
-    processes does not depend on how many there are. The last batch is filled up with padding.
+    Every process packs all documents and takes its rows of each batch of `batch_size` rows, so
+    that all have as many batches and a loss summed over processes does not depend on how many
+    there are. The last batch is filled up with padding.
 
     Raises:
-      InputError: a number out of range.
+      InputError: a number out of range, or a batch that processes cannot share.
     """
+    process_index, process_count = own_process(process_index, process_count)
     _check_sizes(batch_size, seq_len, process_index, process_count)
+    _check_shards(1, batch_size, process_count, len(documents))
     rows = _pack(grain.MapDataset.source(documents), seq_len, shuffle=False, seed=0)
-    own = slice(process_index * batch_size, (process_index + 1) * batch_size)
-    return _batch(rows, batch_size * process_count).map(
-        lambda batch: {name: value[own] for name, value in batch.items()}
+    return _batch(rows, batch_size).map(_take(own_rows(batch_size, process_index, process_count)))
+
+
+def own_process(index: int | None, count: int | None) -> tuple[int, int]:
+    """This process and the number of processes; JAX's own for None."""
+    return (
+        jax.process_index() if index is None else index,
+        jax.process_count() if count is None else count,
     )
+
+
+def own_rows(batch_size: int, index: int, count: int) -> slice:
+    """The rows of process `index` of `count` in a batch, as `fitting.place` wants them."""
+    rows = batch_size // count
+    return slice(index * rows, (index + 1) * rows)
+
+
+def _take(rows: slice) -> Callable[[Batch], Batch]:
+    return lambda batch: {name: value[rows] for name, value in batch.items()}
+
+
+class _Shards(grain.DatasetIterator[Batch]):
+    """This process' shards of the documents, whose rows follow each other in a batch.
+
+    The position is that of all shards, gathered from all processes: every process has to ask for
+    it at the same batch, and a run may go on with another number of processes.
+    """
+
+    def __init__(self, shards: Mapping[int, grain.DatasetIterator[Batch]]):
+        super().__init__()
+        self._own = shards
+
+    def __next__(self) -> Batch:
+        parts = [next(shard) for shard in self._own.values()]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        own = {str(number): shard.get_state() for number, shard in self._own.items()}
+        states: dict[str, Any] = {}
+        for text in distributed.gather(json.dumps(own)):
+            states |= json.loads(text)
+        return {"shards": states}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for number, shard in self._own.items():
+            shard.set_state(state["shards"][str(number)])
 
 
 def _pack(documents: grain.MapDataset, seq_len: int, shuffle: bool, seed: int) -> grain.IterDataset:
@@ -309,3 +373,17 @@ def _check_sizes(batch_size: int, seq_len: int, process_index: int, process_coun
             f"process_index: {process_index} must be at least 0 and below process_count "
             f"{process_count}"
         )
+
+
+def _check_shards(shards: int, batch_size: int, process_count: int, documents: int) -> None:
+    if shards < 1:
+        raise InputError(f"shards: {shards} must be at least 1")
+    if shards % process_count and process_count % shards:
+        raise InputError(
+            f"shards: {shards} must be a multiple or a divisor of the {process_count} processes"
+        )
+    for name, parts in (("shards", shards), ("processes", process_count)):
+        if batch_size % parts:
+            raise InputError(f"batch_size: {batch_size} must be a multiple of the {parts} {name}")
+    if documents < shards:
+        raise InputError(f"shards: {shards} cannot share {documents} documents")

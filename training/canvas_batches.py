@@ -5,7 +5,6 @@ first. End-of-text behind an answer is part of what is learned, so that a model 
 answer ends by filling the rest with it (LLaDA, arXiv 2502.09992, section 2.3).
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +12,7 @@ import grain
 import numpy as np
 
 from models.errors import InputError
-from training.batches import Batch, TokenizedDocuments
+from training.batches import Batch, TokenizedDocuments, own_process, own_rows
 
 
 def train_batches(
@@ -23,12 +22,14 @@ def train_batches(
     canvas: int,
     pad_id: int,
     seed: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Endless iterator over shuffled batches, whose position can be saved and restored.
 
-    Each batch is a dict of int32 arrays with B = `batch_size` and T = `canvas`:
+    Each batch is a dict of int32 arrays with B = `batch_size` and T = `canvas`; of several
+    processes each reads its own B / `process_count` rows of it, and all together have the rows that
+    a single one would have:
       tokens: [B, T]; the document, then `pad_id`.
       prompt_lengths: [B], tokens of the prompt.
       answer_lengths: [B], tokens of the answer with its first end-of-text.
@@ -37,24 +38,25 @@ def train_batches(
 
     Args:
       documents: with `loss_on='response'` for prompts and answers; otherwise all is answer.
-      batch_size: rows of this process's batches.
+      batch_size: rows of a batch, over all processes.
       canvas: tokens of a row.
       pad_id: the end-of-text id.
       seed: of the order, a new one each epoch.
-      process_index, process_count: this process reads every `process_count`-th document.
+      process_index, process_count: this process; None for JAX's own.
 
     Raises:
-      InputError: a number out of range; fewer documents than processes; or (on reading) a
+      InputError: a number out of range; a batch that processes cannot share; or (on reading) a
         document longer than the canvas.
     """
+    process_index, process_count = own_process(process_index, process_count)
     _check(documents, batch_size, canvas, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise InputError(f"seed: {seed} must be between 0 and 2**32 - 1")
     # Hashed as in training.batches: grain shuffles epoch e with seed + e.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    source = grain.MapDataset.source(documents)[process_index::process_count]
-    rows = source.shuffle(seed=seed).repeat(None)
-    return iter(_batches(rows, batch_size, canvas, pad_id))
+    order = grain.MapDataset.range(len(documents)).shuffle(seed=seed).repeat(None)
+    own = own_rows(batch_size, process_index, process_count)
+    return iter(_batches(documents, order, batch_size, own, canvas, pad_id))
 
 
 def eval_batches(
@@ -63,37 +65,46 @@ def eval_batches(
     batch_size: int,
     canvas: int,
     pad_id: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> Iterable[Batch]:
     """One pass over `documents` in order; each iteration starts afresh. Fields as in training.
 
-    What does not fill a batch of `process_count * batch_size` rows is left out; each process has
-    its rows of every batch.
+    What does not fill a batch of `batch_size` rows is left out; each process has its rows of every
+    batch.
 
     Raises:
       InputError: as `train_batches`; fewer documents than one batch has rows.
     """
+    process_index, process_count = own_process(process_index, process_count)
     _check(documents, batch_size, canvas, process_index, process_count)
-    together = batch_size * process_count
-    if len(documents) < together:
-        raise InputError(f"documents: {len(documents)} do not fill one batch of {together} rows")
-    own = slice(process_index * batch_size, (process_index + 1) * batch_size)
-    return _batches(grain.MapDataset.source(documents), together, canvas, pad_id).map(
-        lambda batch: {name: value[own] for name, value in batch.items()}
-    )
+    if len(documents) < batch_size:
+        raise InputError(f"documents: {len(documents)} do not fill one batch of {batch_size} rows")
+    own = own_rows(batch_size, process_index, process_count)
+    order = grain.MapDataset.range(len(documents))
+    return _batches(documents, order, batch_size, own, canvas, pad_id)
 
 
 def _batches(
-    documents: grain.MapDataset, batch_size: int, canvas: int, pad_id: int
+    documents: TokenizedDocuments,
+    order: grain.MapDataset,
+    batch_size: int,
+    own: slice,
+    canvas: int,
+    pad_id: int,
 ) -> grain.IterDataset:
+    """Batches of the documents that `order` names; only those of the rows `own` are read."""
     # Documents are in memory after the first epoch, so reader threads would only add overhead.
     read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    rows = documents.map(functools.partial(_row, canvas=canvas, pad_id=pad_id))
-    return rows.batch(batch_size, drop_remainder=True).to_iter_dataset(read)
+
+    def rows(numbers: np.ndarray) -> Batch:
+        found = [_row(documents[int(number)], canvas, pad_id) for number in numbers[own]]
+        return {name: np.stack([row[name] for row in found]) for name in found[0]}
+
+    return order.batch(batch_size, drop_remainder=True).map(rows).to_iter_dataset(read)
 
 
-def _row(document: dict[str, Any], *, canvas: int, pad_id: int) -> Batch:
+def _row(document: dict[str, Any], canvas: int, pad_id: int) -> Batch:
     tokens, prompt = document["tokens"], document["prompt_length"]
     if tokens.size > canvas:
         raise InputError(f"canvas: {canvas} tokens do not hold a document of {tokens.size}")
@@ -122,7 +133,7 @@ def _check(
             f"process_index: {process_index} must be at least 0 and below process_count "
             f"{process_count}"
         )
-    if len(documents) < process_count:
+    if batch_size % process_count:
         raise InputError(
-            f"process_count: {process_count} processes cannot share {len(documents)} documents"
+            f"batch_size: {batch_size} must be a multiple of the {process_count} processes"
         )

@@ -1,5 +1,8 @@
 """Work directories: one run's config, its lock, and its Orbax checkpoints.
 
+Several processes of one job share a work directory on a file system that all of them see. The
+first one holds the lock and writes what is small; each writes its own part of the arrays.
+
 A checkpoint is everything that the next step depends on: a tree of arrays (parameters, optimiser
 state, step, random keys) and the position of the data iterator as JSON. Orbax writes it under a
 temporary name and renames it when complete, so a killed or failed save leaves the older
@@ -18,14 +21,14 @@ import pathlib
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from orbax.checkpoint import checkpoint_managers
 
-from models import files
+from models import distributed, files
 from models.errors import InputError
 
 PathLike = str | os.PathLike[str]
@@ -96,44 +99,77 @@ def lock(directory: PathLike, *, wait: bool = False) -> Iterator[None]:
     """Holds `directory` for this process, creating it where it is missing.
 
     The lock is the kernel's (`flock`): it ends with the process however that dies, so the file
-    that a killed run leaves behind locks nobody out.
+    that a killed run leaves behind locks nobody out. Of several processes of one job the first
+    holds it for all.
 
     Args:
       directory: what to hold.
       wait: until another process lets go of it, rather than failing.
 
     Raises:
-      InputError: another process holds it (named by its id), or it cannot be created.
+      InputError: another process holds it (named by its id), it cannot be created, or other
+        processes of this job do not see it.
     """
     directory = pathlib.Path(directory)
-    with disk_errors("cannot lock", directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("a+")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = f"{directory} is in use by process {file.read().strip() or 'unknown'}"
-            if not wait:
-                raise InputError(
-                    f"workdir: {holder}; wait for it or give another directory"
-                ) from None
-            absl_logging.warning("%s; waiting for it", holder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    with contextlib.ExitStack() as held:
+
+        def take() -> str:
+            _take_lock(directory, wait, held)
+            return str(os.getpid())
+
+        holder = distributed.first(take)
+        _check_shared(directory, holder)
         yield
 
 
-def claim(workdir: PathLike, config: Mapping[str, Any]) -> None:
+def _take_lock(directory: pathlib.Path, wait: bool, held: contextlib.ExitStack) -> None:
+    with disk_errors("cannot lock", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        file = held.enter_context((directory / ".lock").open("a+"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = f"{directory} is in use by process {file.read().strip() or 'unknown'}"
+        if not wait:
+            raise InputError(f"workdir: {holder}; wait for it or give another directory") from None
+        absl_logging.warning("%s; waiting for it", holder)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+
+
+def _check_shared(directory: pathlib.Path, holder: str) -> None:
+    """Raises InputError in every process unless all of them see the first one's lock."""
+    try:
+        seen = (directory / ".lock").read_text() == holder
+    except OSError:
+        seen = False
+    blind = [i for i, text in enumerate(distributed.gather(str(seen))) if text != "True"]
+    if blind:
+        raise InputError(
+            f"workdir: {directory} of process 0 is not what process {blind[0]} sees there; several "
+            "processes need a file system that all of them share"
+        )
+
+
+def claim(workdir: PathLike, config: Mapping[str, Any], free: Collection[str] = ()) -> None:
     """Records `config` (anything JSON can hold) as the config of `workdir`, once and for all.
+
+    Args:
+      workdir: of the run.
+      config: of the run.
+      free: dotted names of fields that may change when the run goes on.
 
     Raises:
       InputError: when `workdir` was begun with another config, naming the first field that
         differs.
     """
+    distributed.first(lambda: _claim(workdir, config, free))
+
+
+def _claim(workdir: PathLike, config: Mapping[str, Any], free: Collection[str]) -> None:
     path = pathlib.Path(workdir) / "config.json"
     new = json.loads(json.dumps(config))
     if not path.exists():
@@ -144,17 +180,19 @@ def claim(workdir: PathLike, config: Mapping[str, Any]) -> None:
         old = json.loads(path.read_text())
     except ValueError:
         raise InputError(f"workdir: {path} is not valid JSON") from None
-    if difference := _first_difference(old, new, ""):
+    if difference := _first_difference(old, new, "", free):
         raise InputError(f"workdir: {workdir} is the directory of another config: {difference}")
 
 
-def _first_difference(old: Any, new: Any, name: str) -> str | None:
+def _first_difference(old: Any, new: Any, name: str, free: Collection[str]) -> str | None:
+    if name in free:
+        return None
     if isinstance(old, dict) and isinstance(new, dict):
         for field in [*new, *(field for field in old if field not in new)]:
             missing = "absent"
             there, here = old.get(field, missing), new.get(field, missing)
             inner = f"{name}.{field}" if name else field
-            if difference := _first_difference(there, here, inner):
+            if difference := _first_difference(there, here, inner, free):
                 return difference
         return None
     return None if old == new else f"{name} is {old!r} there and {new!r} here"
@@ -273,10 +311,13 @@ class Checkpointer:
         """
         failures: dict[int, str] = {}
         for candidate in [step] if step is not None else self.steps[::-1]:
+            restored, reason = None, ""
             try:
                 restored = self._restore(candidate, template)
             except Exception as error:  # Orbax raises many kinds for a damaged file.
-                reason = " ".join(str(error).split(" [tensorstore_spec")[0].split())
+                reason = " ".join(str(error).split(" [tensorstore_spec")[0].split()) or repr(error)
+            # What one process cannot read, none goes on from.
+            if reason := max(distributed.gather(reason)):
                 failures[candidate] = reason[:300]
                 absl_logging.warning("checkpoint of step %d: %s", candidate, reason)
                 continue
@@ -302,11 +343,15 @@ class Checkpointer:
         if not steps:
             return
         aside = self._workdir / "unreadable_checkpoints"
-        with disk_errors("cannot move a damaged checkpoint", aside):
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                taken = len(list(aside.glob(f"{step}*")))
-                (self.directory / str(step)).rename(aside / f"{step}.{taken}")
+
+        def move() -> None:
+            with disk_errors("cannot move a damaged checkpoint", aside):
+                aside.mkdir(exist_ok=True)
+                for step in steps:
+                    taken = len(list(aside.glob(f"{step}*")))
+                    (self.directory / str(step)).rename(aside / f"{step}.{taken}")
+
+        distributed.first(move)
         self._manager.reload()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models import sharding
+from models import distributed, sharding
 from models.errors import InputError
 from training import loop
 
@@ -78,9 +78,11 @@ def run(
       workdir, evaluate, tokens_per_step, description: as in `training.loop.run`.
 
     Raises:
-      InputError: as `training.loop.run`; fewer devices than asked for.
+      InputError: as `training.loop.run`; fewer devices than asked for; several processes.
       SystemExit: `training.loop.TERMINATED`, after SIGTERM.
     """
+    if distributed.several():
+        raise InputError("processes: image models train in one process, on all its devices")
     mesh = sharding.make_mesh(config.devices)
     everywhere = NamedSharding(mesh, P())
     shapes = jax.eval_shape(init)

@@ -18,7 +18,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from models import sharding, transformer
+from models import distributed, sharding, transformer
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 from training import loop, optimizers
@@ -166,6 +166,8 @@ def fit(
       InputError: as `loop.run`; a mesh that does not fit the parameters.
       SystemExit: `loop.TERMINATED`, after SIGTERM.
     """
+    if distributed.several() and initial_params is not None:
+        initial_params = distributed.on_host(initial_params)  # what a mesh of all can be made from
     init_fn = functools.partial(init, config)
     given = () if initial_params is None else (initial_params,)
     template = jax.eval_shape(lambda *given: init_fn(*map(_copy, given)), *given)

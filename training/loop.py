@@ -20,12 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from models import distributed
 from models.errors import InputError
 from training import checkpoints, metric_writers
 
 # Exit status of a run that SIGTERM ended, after its checkpoint was written: 128 + 15, which
-# schedulers read as 'was terminated, may be started again'.
+# schedulers read as 'was terminated, may be started again'. It is what a process without a handler
+# is reported to end with, so one rule of a launcher serves runs that saved and phases that had
+# nothing to save.
 TERMINATED = 143
+
+# Fields of a run's config that say where it runs, which may change when it goes on.
+_LAYOUT = ("mesh", "run.devices")
 
 # Steps that are dispatched before the oldest must be done: enough to keep a device busy, few
 # enough that their batches fit in memory.
@@ -83,7 +89,9 @@ def run(
 
     A run that is killed at any moment and started again has the same metrics, bit for bit, as
     one that was not: state, data position and the lines of `metrics.jsonl` go back to the
-    newest checkpoint. SIGTERM makes it write a checkpoint and exit with status `TERMINATED`.
+    newest checkpoint. SIGTERM makes it write a checkpoint after the step that is running, and exit
+    with status `TERMINATED`; of several processes any one may get the signal, and all of them
+    stop after the same step. A run may go on with other processes and another mesh than before.
 
     Args:
       step_fn: one update; may donate its state. Returns the new state and scalar metrics, all
@@ -123,14 +131,15 @@ def run(
             return Result(state, step, metrics, seconds)
         begun = time.perf_counter() - seconds
         log = _Log(workdir, step, num_steps, log_every, tokens_per_step, description, checkpointer)
-        with log, _termination() as terminated:
+        with log, _termination() as asked_to_end:
             while step < num_steps:
                 state, step_metrics = step_fn(state, _next(batches, step, num_steps))
                 step += 1
                 log.add(step, step_metrics)
                 last, metrics = step == num_steps, {}
+                terminated = asked_to_end()
                 evaluating = evaluate is not None and (last or step % eval_every == 0)
-                saving = last or terminated.is_set() or step % checkpoint_every == 0
+                saving = last or terminated or step % checkpoint_every == 0
                 if evaluating or saving:
                     log.drain()
                 if evaluating:
@@ -146,7 +155,7 @@ def run(
                     checkpointer.save(step, state, position, metrics)
                 if evaluating or saving:
                     log.restart_clock()
-                if terminated.is_set():
+                if terminated:
                     raise SystemExit(TERMINATED)
         return Result(state, step, metrics, seconds)
 
@@ -154,7 +163,7 @@ def run(
 def _open(
     workdir: str | pathlib.Path, config: Mapping[str, Any], keep_last: int
 ) -> checkpoints.Checkpointer:
-    checkpoints.claim(workdir, config)
+    checkpoints.claim(workdir, config, free=_LAYOUT)
     return checkpoints.Checkpointer(workdir, keep_last=keep_last)
 
 
@@ -204,7 +213,9 @@ class _Log:
         self._first = step + 1
         self._pending: list[tuple[int, Metrics]] = []
         with checkpoints.disk_errors("cannot write metrics", workdir):
-            self._writer = metric_writers.create_writer(workdir, first_step=self._first)
+            self._writer = metric_writers.create_writer(
+                workdir, first_step=self._first, silent=not distributed.is_first()
+            )
         self._bar = tqdm.tqdm(
             total=num_steps,
             initial=step,
@@ -214,6 +225,7 @@ class _Log:
             # A log file gets a line now and then rather than a stream of redrawn bars.
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
             dynamic_ncols=True,
+            disable=not distributed.is_first(),
         )
         self.restart_clock()
 
@@ -284,11 +296,18 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM sets; a second one ends the process at once."""
+def _termination() -> Iterator[Callable[[], bool]]:
+    """Whether to end, to be asked after each step: the first SIGTERM says so.
+
+    A second one ends the process at once. Where there are several processes, JAX handles the
+    signal, and lets all of them know at the same step.
+    """
+    if jax.process_count() > 1:
+        yield distributed.preempted
+        return
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may handle signals
+        yield event.is_set  # only the main thread may handle signals
         return
 
     def handle(*_: object) -> None:
@@ -297,6 +316,6 @@ def _termination() -> Iterator[threading.Event]:
 
     previous = signal.signal(signal.SIGTERM, handle)
     try:
-        yield event
+        yield event.is_set
     finally:
         signal.signal(signal.SIGTERM, previous)

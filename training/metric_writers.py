@@ -168,7 +168,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def create_writer(
-    workdir: str | os.PathLike[str], *, first_step: int = 0
+    workdir: str | os.PathLike[str], *, first_step: int = 0, silent: bool = False
 ) -> interface.MetricWriter:
     """The writer of a run: log, `workdir/tensorboard` and `workdir/metrics.jsonl`.
 
@@ -179,7 +179,10 @@ def create_writer(
       workdir: of the run, created where missing.
       first_step: what earlier runs wrote at this step and later is dropped: a resumed run
         passes the step it goes on with, so that its curve has no duplicates.
+      silent: write nothing, as all processes of a run but the first.
     """
+    if silent:
+        return multi_writer.MultiWriter([])
     workdir = pathlib.Path(workdir)
     writers = [
         logging_writer.LoggingWriter(),

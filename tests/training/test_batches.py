@@ -355,28 +355,47 @@ def test_target_bytes_with_a_decoder_that_strips_a_leading_space():
     assert document["token_bytes"].tolist() == [1, 2, 7, 2]
 
 
-def test_processes_share_the_documents():
-    def segments(index, count):
-        documents = _documents()
-        iterator = train_batches(
-            documents, batch_size=4, seq_len=128, num_epochs=1, process_index=index,
-            process_count=count,
-        )  # fmt: skip
-        found = collections.Counter(w for batch in iterator for w in _segments(batch))
-        return found, documents
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_batches_are_the_same_with_any_number_of_processes(shards, count, monkeypatch):
+    monkeypatch.setattr(batches, "_PACKING_TOKENS", 1)  # groups of 16 rows
+    sizes = {"batch_size": 8, "seq_len": 32, "seed": 5, "shards": shards}
+    whole = train_batches(_documents(), process_index=0, process_count=1, **sizes)
+    sources = [_documents() for _ in range(count)]
+    parts = [
+        train_batches(source, process_index=i, process_count=count, **sizes)
+        for i, source in enumerate(sources)
+    ]
+    for _ in range(16):
+        shares = [next(part) for part in parts]
+        together = {name: np.concatenate([s[name] for s in shares]) for name in FIELDS}
+        _equal(together, next(whole))
+    if shards >= count:  # a process has read its own shards' documents only
+        assert sum(len(source._cache) for source in sources) == len(sources[0])
+    # Where one of so many had come to, another number goes on.
+    states = [part.get_state() for part in parts]
+    state = states[0]
+    if shards > 1:
+        state = {"shards": {n: s for one in states for n, s in one["shards"].items()}}
+    other = train_batches(_documents(), process_index=1, process_count=2, **sizes)
+    other.set_state(json.loads(json.dumps(state)))
+    _equal(next(other), {name: value[4:] for name, value in next(whole).items()})
 
-    whole, _ = segments(0, 1)
-    parts = [segments(i, 3) for i in range(3)]
-    assert sum((found for found, _ in parts), collections.Counter()) == whole
-    assert all(sum(found.values()) > 15 for found, _ in parts)
-    # A process tokenises its own documents only.
-    assert sum(len(documents._cache) for _, documents in parts) == len(parts[0][1])
+
+def test_shards_share_out_the_documents():
+    def segments(shards):
+        found = train_batches(_documents(), batch_size=6, seq_len=128, num_epochs=1, shards=shards)
+        return collections.Counter(w for batch in found for w in _segments(batch))
+
+    # Nothing twice; the end of a shard may come a few batches before that of another.
+    assert segments(3) <= segments(1)
+    assert segments(3).total() > segments(1).total() // 2
 
 
 def test_evaluation_is_the_same_with_any_number_of_processes():
     whole = list(eval_batches(_documents(), batch_size=6, seq_len=32))
     parts = [
-        list(eval_batches(_documents(), batch_size=2, seq_len=32, process_index=i, process_count=3))
+        list(eval_batches(_documents(), batch_size=6, seq_len=32, process_index=i, process_count=3))
         for i in range(3)
     ]
     for batch, *shares in zip(whole, *parts, strict=True):
@@ -416,8 +435,14 @@ def test_errors():
             train(**{field: 0})
     with pytest.raises(InputError, match="process_index: 2 must be"):
         train(process_index=2, process_count=2)
-    with pytest.raises(InputError, match="7 processes cannot share 6 documents"):
-        train(process_index=0, process_count=7)
+    with pytest.raises(InputError, match="batch_size: 2 must be a multiple of the 3 processes"):
+        train(process_index=0, process_count=3)
+    with pytest.raises(InputError, match="batch_size: 2 must be a multiple of the 3 shards"):
+        train(shards=3)
+    with pytest.raises(InputError, match="shards: 3 must be a multiple or a divisor of the 2 proc"):
+        train(shards=3, process_index=0, process_count=2)
+    with pytest.raises(InputError, match="shards: 7 cannot share 6 documents"):
+        train(shards=7, batch_size=7)
     with pytest.raises(InputError, match="seed: -1 must be"):
         train(seed=-1)
     with pytest.raises(InputError, match="batch_size: 0"):

@@ -75,14 +75,19 @@ def test_a_saved_position_is_gone_on_with_exactly():
     np.testing.assert_array_equal([next(again)["tokens"] for _ in range(5)], expected)
 
 
-def test_processes_share_out_the_documents():
+def test_the_batches_are_the_same_with_any_number_of_processes():
+    sources = [documents(8) for _ in range(2)]
     parts = [
-        canvas_batches.train_batches(documents(8), process_index=i, process_count=2, **SIZES)
-        for i in range(2)
+        canvas_batches.train_batches(source, process_index=i, process_count=2, **SIZES)
+        for i, source in enumerate(sources)
     ]
-    rows = {tuple(row) for part in parts for row in next(part)["tokens"].tolist()}
-    assert len(rows) == 8
-    whole = next(iter(canvas_batches.eval_batches(documents(8), **{**SIZES, "batch_size": 8})))
+    whole = canvas_batches.train_batches(documents(8), **SIZES)
+    for batch in range(3):
+        halves = [next(part)["tokens"] for part in parts]
+        np.testing.assert_array_equal(np.concatenate(halves), next(whole)["tokens"])
+        if batch == 1:  # after an epoch, in which each has read its own rows only
+            assert sum(len(source._cache) for source in sources) == 8
+    whole = next(iter(canvas_batches.eval_batches(documents(8), **SIZES)))
     halves = [
         next(iter(canvas_batches.eval_batches(
             documents(8), process_index=i, process_count=2, **SIZES)))["tokens"]
@@ -97,7 +102,7 @@ def test_processes_share_out_the_documents():
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
         ({"canvas": 0}, "canvas: 0 must be at least 1"),
         ({"process_index": 2}, "process_index: 2 must be at least 0 and below"),
-        ({"process_count": 9}, "process_count: 9 processes cannot share 8 documents"),
+        ({"process_count": 3}, "batch_size: 4 must be a multiple of the 3 processes"),
         ({"seed": -1}, "seed: -1 must be between 0"),
     ],
 )
