@@ -33,9 +33,10 @@ def source_of(model: str | Mapping[str, Any]) -> str:
     if isinstance(model, str):
         return model
     entry = model.to_dict() if isinstance(model, ConfigDict) else dict(model)
-    check_choice("config.models: kind", entry.get("kind"), KINDS)
+    kind = str(entry.pop("kind", None))
+    check_choice("config.models: kind", kind, KINDS)
     try:
-        tuning = KINDS[entry.pop("kind")](entry.pop("settings", {}))
+        tuning = KINDS[kind](entry.pop("settings", {}))
         if optimizer := entry.pop("optimizer", None):
             entry["optimizer"] = optimizers.from_fields(**optimizer)
         recipe = PartRecipe(entry.pop("start"), **entry)

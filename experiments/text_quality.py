@@ -81,11 +81,11 @@ def measure(
         scores = [rouge_l(text, answer) for text, answer in zip(texts, answers, strict=True)]
         found["rouge_l"] = float(np.mean(scores))
         if (budget := layers_of(entry, configs[role])) is not None:
-            ids = [tokenizer.encode(answer) + list(ends[:1]) for answer in answers]
-            texts = [
-                Row(row.prompt_ids, answer, "", {}) for row, answer in zip(rows, ids, strict=True)
+            right = [
+                Row(row.prompt_ids, [*tokenizer.encode(answer), *ends[:1]], "", {})
+                for row, answer in zip(rows, answers, strict=True)
             ]
-            nats = [of_row["nats"] for of_row in read(configs[role], params[role], texts, budget)]
+            nats = [of_row["nats"] for of_row in read(configs[role], params[role], right, budget)]
             found["answer_loss"] = float(np.concatenate(nats).mean())
             parts = [np.array_split(of_row, PLACES) for of_row in nats]
             found["answer_loss_by_place"] = [

@@ -95,7 +95,7 @@ def _published(config: ConfigDict) -> ConfigDict:
     )
     config.data.builder_options = ConfigDict({"path": text})
     config.decode.update(max_new_tokens=100)
-    options = {
+    options: dict[int, dict[str, Any]] = {
         speed_up: {"max_layers": most, "min_layers": least, "span": 100, "warmup": 1}
         for speed_up, (most, least) in PUBLISHED.items()
     }

@@ -75,8 +75,8 @@ def test_a_comparison_names_a_copy_as_any_other_model(start, monkeypatch):
         method("units", "lud", window=3, threshold=0.0, pad_id=0),
     )
     found = comparison.run(config, cache)
-    first = found["models"][0]
-    assert first["source"] == f"{directory}, lexical_units" and first["eval_loss"] > 0
+    copy = next(model for model in found["models"] if model["role"] == "target")
+    assert copy["source"] == f"{directory}, lexical_units" and copy["eval_loss"] > 0
     runs = {run["label"]: run for run in found["runs"]}
     assert runs["plain"]["own_choices"] == runs["before"]["own_choices"] == 1
     assert "span_choices" not in runs["plain"] and runs["units"]["span_choices"] < 1
