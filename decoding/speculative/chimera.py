@@ -114,6 +114,8 @@ def chimera_drafter(config: TransformerConfig, template: Template, places: int =
     M, dtype = L + 1, config.compute_dtype
     levels = _asked_nodes(template)
     asked = [node for level in levels for node in level]
+    ends = np.cumsum([len(level) for level in levels]).tolist()
+    spans = [slice(end - len(level), end) for level, end in zip(levels, ends, strict=True)]
     lineage = _ancestry(template, asked)
     parent, rank = np.asarray(template.parent), np.asarray(template.rank)
 
@@ -224,6 +226,27 @@ def chimera_drafter(config: TransformerConfig, template: Template, places: int =
         queries = verification.rows(queries, base - first)[:, None]
         return encode(params, cache, root, queries, base, slice(0, 1)), work.replace(cache=cache)
 
+    def descend(
+        params: ModelParams,
+        work: _Work,
+        drafted: jnp.ndarray,
+        ids: jnp.ndarray,
+        base: jnp.ndarray,
+        d: int,
+        needed: jnp.ndarray,
+    ) -> tuple[jnp.ndarray, _Work]:
+        """Z of the nodes at depth d with children, from their trigrams and Z of those above."""
+        x, work = trigram(params, work, ids, jnp.broadcast_to(needed[:, None], ids.shape[:2]))
+        if not params[ROLE].config.context:
+            return x, work
+        above, nodes = spans[d - 1 : d + 1]
+        at = base[:, None] + d
+        of_states = entries(params, drafted, jnp.broadcast_to(at - 1, drafted.shape[:2]))
+        queries, *of_trigrams = entries(params, x, jnp.broadcast_to(at, x.shape[:2]))
+        cache = _put(work.cache, _STATES, of_states, base + above.start)
+        cache = _put(cache, _TRIGRAMS, tuple(of_trigrams), base + nodes.start)
+        return encode(params, cache, x, queries, base, nodes), work.replace(cache=cache)
+
     def propose(params: ModelParams, inner: ChimeraState, state: DecodeState) -> Draft:
         heads: ChimeraHeads = params[ROLE]
         if heads.config.heads < L:
@@ -232,36 +255,22 @@ def chimera_drafter(config: TransformerConfig, template: Template, places: int =
             )
         B, base = len(state.lengths), state.lengths - 1
         hidden = verification.rows(inner.fresh, jnp.maximum(inner.count - 1, 0))[:, None]
-        of_text = jnp.maximum(base - 1, 0)[:, None]
         tokens = pending_tokens(state)[:, None]
-        before = jnp.take_along_axis(state.tokens, of_text, axis=1)  # each node's parent's token
+        # The token before each node's.
+        before = jnp.take_along_axis(state.tokens, jnp.maximum(base - 1, 0)[:, None], axis=1)
         drafted, work = begin(params, inner, state)
-        done = 0
         for d, (first, end) in enumerate(template.levels):
             if d:
                 there = np.asarray(levels[d])
-                token, last = tokens[:, there], before[:, there]
-                positions = jnp.broadcast_to((base + d)[:, None], token.shape)
-                second = before[:, parent[there]]
-                ids = chimera_heads.trigram_ids(second, last, token, positions)
-                needed = jnp.broadcast_to(state.active[:, None], token.shape)
-                x, work = trigram(params, work, ids, needed)
-                at = base[:, None] + d - 1
-                if heads.config.context:
-                    nodes = slice(done + len(levels[d - 1]), done + len(levels[d - 1]) + len(there))
-                    of_states = entries(params, drafted, jnp.broadcast_to(at, drafted.shape[:2]))
-                    cache = _put(work.cache, _STATES, of_states, base + done)
-                    queries, *of_trigrams = entries(params, x, positions)
-                    cache = _put(cache, _TRIGRAMS, tuple(of_trigrams), base + nodes.start)
-                    x = encode(params, cache, x, queries, base, nodes)
-                    work, done = work.replace(cache=cache), nodes.start
-                drafted = x
+                second, last, token = before[:, parent[there]], before[:, there], tokens[:, there]
+                ids = chimera_heads.trigram_ids(second, last, token, base[:, None] + d)
+                drafted, work = descend(params, work, drafted, ids, base, d, state.active)
             scores = chimera_heads.logits(
                 heads.config, config, params["target"], heads.params, d, hidden, drafted
             )
             lists = top_k(scores, template.width)[1].astype(jnp.int32)
-            above = np.searchsorted(levels[d], parent[first:end])
-            tokens = jnp.concatenate([tokens, lists[:, above, rank[first:end]]], axis=1)
+            within = np.searchsorted(levels[d], parent[first:end])
+            tokens = jnp.concatenate([tokens, lists[:, within, rank[first:end]]], axis=1)
             before = jnp.concatenate([before, tokens[:, parent[first:end]]], axis=1)
         shape = (B, N)
         ready = jnp.broadcast_to((inner.count > 0)[:, None], shape)
