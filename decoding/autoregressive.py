@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from decoding import stats as work
@@ -38,13 +39,15 @@ def autoregressive(config: TransformerConfig, sampling: SamplingConfig) -> Metho
 
     def step(params: ModelParams, state: DecodeState) -> tuple[Any, Emission]:
         pending = pending_tokens(state)
-        out = transformer.apply(config, params["target"], pending[:, None], cache=state.inner)
+        with jax.named_scope("target"):
+            out = transformer.apply(config, params["target"], pending[:, None], cache=state.inner)
         assert out.logits is not None and out.cache is not None
         logits = out.logits[:, 0]
         if sampling.repetition_penalty != 1:
             seen = seen_tokens(state.tokens, state.lengths, config.vocab_size)
             logits = penalise(logits, seen, sampling)
-        token = draw(logits, state.keys, state.lengths, sampling)
+        with jax.named_scope("verify"):
+            token = draw(logits, state.keys, state.lengths, sampling)
         count = state.active.astype(jnp.int32)
         cache = kv.truncate(out.cache, out.cache.lengths + count)
         return cache, Emission(token[:, None], count, work.round_work(len(token), 0))

@@ -5,6 +5,9 @@ owns the text, the stop rules and the counters. `advance` runs rounds on the dev
 row is done, until its arrays have the wrong size (a cache must grow, a canvas has shrunk), or
 until a number of rounds has passed (for streaming); cutting a run into several calls changes
 nothing in its result.
+
+In a profile the parts of a round are `draft`, `target`, `verify` (what decides which tokens stay)
+and `commit`; see docs/performance.md.
 """
 
 import functools
@@ -280,10 +283,11 @@ def advance(
             seen = state.replace(tokens=state.tokens[:, :slots])
         inner, decided = method.step(params, seen)
         state = state.replace(inner=inner)
-        if isinstance(decided, Emission):
-            return append(state, decided, stop)
-        assert method.canvas is not None
-        return revise(state, decided, stop, method.canvas.early_stop)
+        with jax.named_scope("commit"):
+            if isinstance(decided, Emission):
+                return append(state, decided, stop)
+            assert method.canvas is not None
+            return revise(state, decided, stop, method.canvas.early_stop)
 
     state = state.replace(inner=map_caches(kv.fold, state.inner))
     state = jax.lax.while_loop(proceed, one_round, state)

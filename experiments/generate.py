@@ -21,6 +21,7 @@ first one prints and keeps all rows, in order. See "Several hosts" in docs/perfo
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags

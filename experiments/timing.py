@@ -15,6 +15,7 @@ from decoding import generation
 from decoding.generation import Row
 from decoding.loop import Method, ModelParams
 from decoding.stopping import StopConfig
+from experiments import profiling
 
 
 def decode_all(
@@ -48,6 +49,8 @@ def side_by_side(
 ) -> dict[str, dict[str, Any]]:
     """Times several callables in turn, after one untimed call of each.
 
+    Where a profile is asked for (`profiling.asked`), each is called once more, for its trace.
+
     Args:
       runs: what to call, by name; each must wait for its own result.
       repeats: timed calls of each.
@@ -69,6 +72,7 @@ def side_by_side(
                 run()
                 measured[name]["seconds"].append(time.perf_counter() - begin)
                 bar.update()
+    profiling.trace_once(runs)
     for entry in measured.values():
         entry["median"] = statistics.median(entry["seconds"])
     return measured

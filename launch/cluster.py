@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
     check_choice("kind", _KIND.value, _TEMPLATES)
     if len(argv) < 2:
         raise InputError("command: missing; give it after --, for example -- python -m ...")
-    fields = {
+    fields: dict[str, Any] = {
         flag.name: flag.value
         for flag in (
             _NAME, _HOSTS, _GPUS, _RESTARTS, _GRACE, _IMAGE, _TOPOLOGY, _BUCKET, _SERVICE_ACCOUNT,
@@ -154,11 +154,10 @@ def main(argv: list[str]) -> None:
         )
     }  # fmt: skip
     _check(_KIND.value, fields)
-    tpu = None
-    if topology := fields.pop("topology"):
-        tpu, fields["hosts"] = tpu_slice(topology)
-    fields["hosts"] = fields["hosts"] or 1
-    sys.stdout.write(render(_KIND.value, argv[1:], {**fields, "tpu": tpu}))
+    tpu, hosts = None, _HOSTS.value or 1
+    if _TOPOLOGY.value:
+        tpu, hosts = tpu_slice(_TOPOLOGY.value)
+    sys.stdout.write(render(_KIND.value, argv[1:], {**fields, "tpu": tpu, "hosts": hosts}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -64,21 +65,25 @@ def speculative(
         )
 
     def step(params: ModelParams, state: DecodeState) -> tuple[SpeculativeState, Emission]:
-        draft = drafter.propose(params, state.inner.drafter, state)
+        with jax.named_scope("draft"):
+            draft = drafter.propose(params, state.inner.drafter, state)
         tree = draft.tree
-        out = scoring.score(config, params["target"], state.inner.target, tree, draft.begun)
+        with jax.named_scope("target"):
+            out = scoring.score(config, params["target"], state.inner.target, tree, draft.begun)
         assert out.logits is not None and out.cache is not None
         logits = out.logits
         if sampling.repetition_penalty != 1:
             logits = scoring.penalised_logits(
                 logits, tree.ancestry, tree.tokens, state.tokens, state.lengths, sampling
             )
-        verdict = verify(tree, logits, state.keys, state.lengths, sampling)
+        with jax.named_scope("verify"):
+            verdict = verify(tree, logits, state.keys, state.lengths, sampling)
         count = jnp.where(state.active, verdict.count, 0)
-        inner = SpeculativeState(
-            scoring.commit(out.cache, tree, verdict.path, count),
-            drafter.observe(draft.inner, tree, verdict, out, state.active),
-        )
+        with jax.named_scope("commit"):
+            cache = scoring.commit(out.cache, tree, verdict.path, count)
+        with jax.named_scope("draft"):
+            drafts = drafter.observe(draft.inner, tree, verdict, out, state.active)
+        inner = SpeculativeState(cache, drafts)
         reached = jnp.arange(1, depth + 1) < verdict.count[:, None]
         spent = work.round_work(
             len(count),

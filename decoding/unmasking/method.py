@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from decoding import stats as work
@@ -83,12 +84,14 @@ def unmasking(
         read = reader(
             view, sampling, mask_id, features=selector.features, filtered=filtered, adjust=adjust
         )
-        call = policy.compute(params, view, inner.store, read)
+        with jax.named_scope("target"):
+            call = policy.compute(params, view, inner.store, read)
         if call.tokens is not None:
             view = canvas.rewritten(view, call.tokens, mask_id)
         # A call that predicts nothing only writes a cache: no step, and it takes no noise.
         steps = call.served & call.prediction.known.any(axis=1)
-        choice = selector.select(params, view, call.prediction, inner.memory)
+        with jax.named_scope("verify"):
+            choice = selector.select(params, view, call.prediction, inner.memory)
         write = choice.write & call.served[:, None]
         tokens = jnp.where(write, choice.tokens, view.tokens)
         ends = view.ends

@@ -13,6 +13,7 @@ import pytest
 
 from experiments import cli, results
 from launch import exit_status, packaging, tpu_commands, tpu_vm
+from models.distributed import PEER_LOST
 from models.errors import InputError
 from training import loop
 
@@ -131,7 +132,7 @@ def test_a_run_from_creation_to_deletion(program, gcloud):
 
 def test_a_worker_that_fails_is_named_and_the_vm_is_deleted_all_the_same(program, gcloud):
     """The other worker says only that it lost a peer: it is not to blame, and nothing restarts."""
-    for worker, status in ((0, exit_status.PEER_LOST), (1, 7)):
+    for worker, status in ((0, PEER_LOST), (1, 7)):
         (gcloud.home / f"worker-{worker}").mkdir()
         (gcloud.home / f"worker-{worker}" / "status").write_text(str(status))
     status, _, err = start(program, gcloud, "--delete")
