@@ -21,42 +21,47 @@ from tests.training import tiny_words
 pytest.importorskip("libtpu")
 TOPOLOGY = "v5e:2x2"
 _END = {"eos_token_ids": (5,), "pad_token_id": 6}
-CAUSAL = sizes.get("tiny_llama").replace(num_layers=3, vocab_size=64, **_END)
+CAUSAL = sizes.get("tiny_llama").replace(vocab_size=64, **_END)
 MASKED = sizes.get("tiny_llada").replace(vocab_size=64, mask_token_id=63, **_END)
 
 
-def configs_of(spec: methods.MethodSpec) -> dict[str, Any]:
+def configs_of(spec: methods.MethodSpec, layers: int) -> dict[str, Any]:
     """Tiny architectures of the kind that a method is for."""
     other = {
         HierarchicalConfig: tiny_hierarchical.HAT,
         LexinvariantConfig: tiny.LEXINVARIANT,
         ReaderConfig: tiny_words.config("words", True, "autoregressive"),
     }.get(spec.architecture)
-    target = other or (MASKED if spec.bidirectional else CAUSAL)
+    target = other or (MASKED if spec.bidirectional else CAUSAL).replace(num_layers=layers)
     draft = CAUSAL.replace(num_layers=1)
     return {role: draft if role == "draft" else target for role in spec.roles}
 
 
-def options_of(name: str, configs: dict[str, Any]) -> dict[str, Any]:
-    """Sizes of two where a method allows it, so that little is compiled; else its defaults."""
+def work_of(name: str) -> programs.Decoding:
+    """The least that a method allows, so that little is compiled: few layers, sizes of two."""
+    spec = methods.spec(name)
     small = {
         key: max(2, int(option.minimum))
-        for key, option in methods.spec(name).options.items()
+        for key, option in spec.options.items()
         if type(option.default) is int and option.minimum is not None and option.default > 2
     }
-    try:
-        methods.build(name, configs, SamplingConfig(), small)
-    except InputError:
-        return {}
-    return small
+    for layers, options in ((2, small), (4, small), (2, {}), (4, {})):
+        configs = configs_of(spec, layers)
+        work = programs.Decoding(
+            name, configs, options, batch_size=4, prompt_length=32, max_new_tokens=8
+        )
+        try:
+            methods.build(name, configs, SamplingConfig(), options)
+            programs.param_shapes(work)
+        except InputError:
+            continue
+        return work
+    raise AssertionError(f"{name}: none of the tiny models is for it")
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_compiles_for_four_chips_and_its_arrays_are_split(name):
-    configs = configs_of(methods.spec(name))
-    work = programs.Decoding(
-        name, configs, options_of(name, configs), batch_size=4, prompt_length=32, max_new_tokens=8
-    )
+    work = work_of(name)
     shapes = programs.param_shapes(work)
     shape = (2, 2)
     try:
