@@ -29,7 +29,7 @@ ABLATIONS: dict[str, dict[str, bool]] = {
 # The published losses, of which the weights are not known: the data's next tokens alone.
 PUBLISHED: dict[str, Any] = {"distillation": 0.0, "state_weight": 0.0}
 CHAIN = "0 00 000 0000"
-_STEPS = 300
+_STEPS = 200
 
 
 def get_config(preset: str = "") -> ConfigDict:
