@@ -94,6 +94,10 @@ _BATCH_SIZES = flags.DEFINE_list(
 _MODEL_AXIS = flags.DEFINE_list(
     "model_axis", None, "Sizes of 'model' that a search tries; default all.", flag_values=FLAGS
 )
+_MERGE = flags.DEFINE_list(
+    "merge", None, "Work directories of --curve to draw together; compiles nothing.",
+    flag_values=FLAGS,
+)  # fmt: skip
 _JSON = _switch("json", "Print JSON in place of tables.")
 _WORKDIR = _text("workdir", None, f"Where to write {FILE} and {CHART}; default nowhere.")
 
@@ -101,6 +105,9 @@ _WORKDIR = _text("workdir", None, f"Where to write {FILE} and {CHART}; default n
 def main(argv: Sequence[str]) -> None:
     """The program; reads `FLAGS`. Everything is checked before anything is compiled."""
     cli.no_arguments(argv)
+    if _MERGE.value is not None:
+        _merge(_MERGE.value)
+        return
     for name in ("model", "topology"):
         if FLAGS[name].value is None:
             raise InputError(f"{name}: missing; give --{name}, see --help")
@@ -243,23 +250,25 @@ def _search() -> tuple[dict[str, Any], str]:
     """Meshes and batches of one slice, or of 1 to as many chips; the record and its tables."""
     from launch import mesh_search
 
-    record: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     text: list[str] = []
-    curves: dict[str, dict[str, list[mesh_search.Candidate]]] = {"round": {}, "step": {}}
     for topology in _TOPOLOGY.value.split(","):
         for label, per, found in _searches(topology):
             label = f"{label}, {topology.partition(':')[0]}"
-            record[label] = [_candidate(one) for one in found]
             text.append(f"{label}\n\n{mesh_search.table(found, per)}\n")
             counts = dict.fromkeys(one.chips for one in found)
             groups = [[one for one in found if one.chips == count] for count in counts]
-            curves[per][label] = [one for one in map(mesh_search.best, groups) if one is not None]
+            best = [one for one in map(mesh_search.best, groups) if one is not None]
+            curves[label] = {
+                "per": per,
+                "candidates": [mesh_search.record(one, one in best) for one in found],
+            }
             if _CURVE.value:
-                chosen = mesh_search.table(curves[per][label], per)
+                chosen = mesh_search.table(best, per)
                 text.append(f"{label}: the best of each number of chips\n\n{chosen}\n")
     if _CURVE.value and _WORKDIR.value:
-        _draw({per: found for per, found in curves.items() if any(found.values())})
-    return record, "\n".join(text)
+        _draw(curves)
+    return {"searches": curves}, "\n".join(text)
 
 
 def _searches(topology: str) -> "Iterator[tuple[str, str, list[Candidate]]]":
@@ -287,15 +296,38 @@ def _searches(topology: str) -> "Iterator[tuple[str, str, list[Candidate]]]":
         yield "training step", "step", [one for part in parts for one in part]
 
 
-def _draw(curves: "Mapping[str, Mapping[str, list[Candidate]]]") -> None:
+def _draw(searches: "Mapping[str, Mapping[str, Any]]") -> None:
     """Time and cost over chips, a row of the picture for rounds and one for steps."""
     from experiments import plots
     from launch import mesh_search
 
-    Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
-    specs = [spec for per, found in curves.items() for spec in mesh_search.charts(found, per)]
+    specs = []
+    for per in ("round", "step"):
+        curves = {
+            label: [one for one in found["candidates"] if one["best"]]
+            for label, found in searches.items()
+            if found["per"] == per
+        }
+        if any(curves.values()):
+            specs += mesh_search.charts(curves, per)
     if specs:
+        Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
         plots.write_png(plots.panels(specs, own_legends=True), Path(_WORKDIR.value) / CHART)
+
+
+def _merge(directories: Sequence[str]) -> None:
+    """Draws recorded curves together, each with its model's name."""
+    if _WORKDIR.value is None:
+        raise InputError("workdir: missing; --merge writes its plot there")
+    searches = {}
+    for directory in directories:
+        path = Path(directory) / FILE
+        if not path.is_file():
+            raise InputError(f"merge: {directory!r} has no {FILE}; make it with --curve")
+        record = json.loads(path.read_text())
+        for label, found in record.get("searches", {}).items():
+            searches[f"{record['config']['model']}, {label}"] = found
+    _draw(searches)
 
 
 def _integers(flag: flags.FlagHolder[Any], default: list[int]) -> list[int]:
@@ -309,11 +341,6 @@ def _integers(flag: flags.FlagHolder[Any], default: list[int]) -> list[int]:
     if min(found, default=0) < 1:
         raise InputError(f"{flag.name}: {','.join(flag.value)!r} must be positive integers")
     return found
-
-
-def _candidate(one: Any) -> dict[str, Any]:
-    found = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
-    return found | {"report": None if one.report is None else one.report.as_json()}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ training step is compiled on the slice itself.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from launch import chips, programs, reports, topologies
@@ -217,13 +217,22 @@ def table(found: Sequence[Candidate], per: str) -> str:
     return "\n".join(lines)
 
 
-def charts(curves: Mapping[str, Sequence[Candidate]], per: str) -> list[dict[str, Any]]:
-    """Specifications for `experiments.plots.panels`: time and cost over chips, a line a curve."""
-    sizes = sorted({one.chips for found in curves.values() for one in found})
+def charts(curves: Mapping[str, Sequence[Mapping[str, Any]]], per: str) -> list[dict[str, Any]]:
+    """Specifications for `experiments.plots.panels`: time and cost over chips, a line a curve.
 
-    def spec(title: str, label: str, value: Callable[[Candidate], float]) -> dict[str, Any]:
+    Args:
+      curves: records of candidates that fit (`record`), by label.
+      per: 'round' or 'step'.
+    """
+    sizes = sorted({one["chips"] for found in curves.values() for one in found})
+
+    def spec(title: str, label: str, value: str) -> dict[str, Any]:
         series = [
-            {"label": name, "x": [one.chips for one in found], "y": [value(one) for one in found]}
+            {
+                "label": name,
+                "x": [one["chips"] for one in found],
+                "y": [1e3 * one[value] for one in found],
+            }
             for name, found in curves.items()
             if found
         ]
@@ -233,6 +242,15 @@ def charts(curves: Mapping[str, Sequence[Candidate]], per: str) -> list[dict[str
         }  # fmt: skip
 
     return [
-        spec(f"Time of a {per}", f"ms a {per}", lambda one: 1e3 * one.seconds),
-        spec("Cost", f"chip-ms a row and {per}", lambda one: 1e3 * one.chip_seconds_per_row),
+        spec(f"Time of a {per}", f"ms a {per}", "seconds"),
+        spec("Cost", f"chip-ms a row and {per}", "chip_seconds_per_row"),
     ]
+
+
+def record(one: Candidate, chosen: bool) -> dict[str, Any]:
+    """A candidate as JSON can hold it, and whether it is the best of its number of chips."""
+    found = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
+    found |= {"best": chosen, "report": None if one.report is None else one.report.as_json()}
+    if one.report is not None and one.report.roofline is not None:
+        found |= {"seconds": one.seconds, "chip_seconds_per_row": one.chip_seconds_per_row}
+    return found

@@ -150,10 +150,13 @@ def test_a_search_names_what_fits_best_and_is_written_whole(flag, tmp_path, caps
     assert out.count("**") >= 2
     assert "2 rows do not divide over 4" in out
     record = json.loads((tmp_path / compile_check.FILE).read_text())
-    found = record["autoregressive, v5e"]
+    found = record["searches"]["autoregressive, v5e"]["candidates"]
     assert {one["chips"] for one in found} == ({1, 4} if flag == "--curve" else {4})
     assert {(one["data"], one["model"]) for one in found if one["chips"] == 4} == {(4, 1), (2, 2)}
-    assert (tmp_path / compile_check.CHART).exists() is (flag == "--curve")
+    chart = tmp_path / compile_check.CHART
+    assert chart.exists() is (flag == "--curve")
+    run(f"--merge={tmp_path}", f"--workdir={tmp_path / 'merged'}")
+    assert (tmp_path / "merged" / compile_check.CHART).stat().st_size > 10_000
 
 
 @needs_libtpu
@@ -277,6 +280,8 @@ def test_every_slice_has_a_size_of_its_own_and_the_chart_has_all_of_them():
         (["--method=speculative_sampling"], "needs a draft model"),
         (["--batch_size=3"], "3 rows do not divide over 2 data devices"),
         (["--search", "--batch_sizes=0"], "batch_sizes: '0' must be positive integers"),
+        (["--merge=nowhere", "--workdir=there"], "merge: 'nowhere' has no compile_check.json"),
+        (["--merge=nowhere"], "workdir: missing"),
         (["--prompt_length=500", "--max_new_tokens=500"], "exceed the target's context of 512"),
         (["--method=llada"], "fills masks; the target model .* causal"),
     ],
