@@ -151,7 +151,14 @@ def layout(state: DecodeState, mesh: Mesh) -> DecodeState:
 
 def place(state: DecodeState, mesh: Mesh) -> DecodeState:
     """A state laid out on a mesh; errors as `layout`."""
-    return jax.device_put(state, layout(state, mesh))
+    where = layout(state, mesh)
+    if distributed.several():  # where device_put does not move random keys
+        return jax.jit(_same, out_shardings=where)(state)
+    return jax.device_put(state, where)
+
+
+def _same(state: DecodeState) -> DecodeState:
+    return state
 
 
 def plan(
@@ -220,7 +227,7 @@ def begin(
             raise InputError(
                 f"mesh: {len(prompts)} rows do not divide over {mesh.shape['data']} data devices"
             )
-        inputs = jax.device_put(inputs, sharding.batch_sharding(mesh))
+        inputs = distributed.put(inputs, sharding.batch_sharding(mesh))
     state = loop.start(
         params,
         *map(jnp.asarray, inputs[:2]),

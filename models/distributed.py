@@ -296,6 +296,20 @@ def first(function: Callable[[], T]) -> T:
     return outcome["value"]
 
 
+def put(tree: Any, place: jax.sharding.Sharding) -> Any:
+    """`jax.device_put` of values that every process has, random keys among them."""
+    if not several():
+        return jax.device_put(tree, place)
+
+    def one(leaf: Any) -> jax.Array:
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(np.asarray(leaf), place)
+        numbers = jax.device_put(np.asarray(jax.random.key_data(leaf)), place)
+        return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(one, tree)
+
+
 def on_host(tree: Any) -> Any:
     """NumPy arrays of a tree of arrays, wherever their parts are; in every process."""
 
