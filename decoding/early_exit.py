@@ -25,7 +25,7 @@ from decoding.loop import DecodeState, Emission, Method, ModelParams
 from decoding.method_spec import Configs, MethodSpec, Option
 from decoding.prefill import prefill
 from decoding.sampling import SamplingConfig, draw, penalise, seen_tokens
-from models import accelerated_residual, exit_router, transformer
+from models import accelerated_residual, exit_router, masks, transformer
 from models import cache as kv
 from models.accelerated_residual import ROLE
 from models.config import TransformerConfig
@@ -202,13 +202,12 @@ def early_exit(config: TransformerConfig, sampling: SamplingConfig, rule: ExitRu
         slots: jnp.ndarray | None,
     ) -> tuple[jnp.ndarray, kv.KVCache]:
         """Streams [B, W, D] after a layer; those that do not need it stay as they are."""
-        mask = jnp.arange(cache.slots) <= positions[..., None]
         out = transformer.apply(
             config,
             params["target"],
             x,
             positions=positions,
-            mask=mask,
+            mask=masks.causal(positions, cache.slots),
             cache=cache,
             slots=slots,
             layers=(layer, layer + 1),

@@ -105,8 +105,12 @@ def measure_agreement(
 ) -> tuple[dict[str, Any], list[results.Claim]]:
     """How often the head says after i layers what it says at the end, by stream and layer."""
     measured = of_parts(config, configs, params, prompts)
-    series, claims, margins = [], [], []
-    for label, (_, _, s) in measured.items():
+    series: list[dict[str, Any]] = []
+    claims: list[results.Claim] = []
+    margins: list[tuple[str, float]] = []
+    costs: dict[str, dict[str, int]] = {}
+    for label, (accelerator, _, s) in measured.items():
+        costs[label] = accelerated_residual.multiply_adds(accelerator, configs["target"])
         layers = list(range(1, len(s.fast)))
         slow = [float(np.mean(s.slow_says[i] == s.says)) for i in layers]
         fast = [float(np.mean(s.fast_says[i] == s.says)) for i in layers]
@@ -121,6 +125,9 @@ def measure_agreement(
                 0.0,
             )
         )
+        share = costs[label]["adapter"] / costs[label]["layer"]
+        name = f"{label}: products of an adapter over those of a layer"
+        claims.append(results.at_most(name, share, 0.1))
         margins.append((label, float(np.mean(gain))))
     for (faster, more), (slower, less) in itertools.pairwise(margins):
         claims.append(
@@ -131,6 +138,7 @@ def measure_agreement(
         "x_label": "layers",
         "y_label": "share of tokens",
         "series": series,
+        "multiply_adds": costs,
     }
     return figure, claims
 
@@ -143,7 +151,8 @@ def measure_similarity(
 ) -> tuple[dict[str, Any], list[results.Claim]]:
     """Cosine with the last layer's stream, and whether the rate is what it should be."""
     L = configs["target"].num_layers
-    series, claims = [], []
+    series: list[dict[str, Any]] = []
+    claims: list[results.Claim] = []
     for label, (accelerator, _, s) in of_parts(config, configs, params, prompts).items():
         layers = list(range(1, len(s.fast)))
         if not series:
@@ -231,7 +240,7 @@ def measure_exits(
 
 def curve(
     scores: Sequence[np.ndarray],
-    right: Sequence[np.ndarray],
+    right: Sequence[Any],
     gates: Sequence[int],
     num_layers: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -264,7 +273,7 @@ def gain_at_equal_depth(
     return float(np.mean(np.interp(at, *mine) - np.interp(at, *other)))
 
 
-def auc(scores: np.ndarray, right: np.ndarray) -> float:
+def auc(scores: Any, right: Any) -> float:
     """Probability that a right word scores higher than a wrong one, ties counted half."""
     scores, right = scores.ravel(), right.ravel()
     order = np.sort(scores[~right])
@@ -273,7 +282,7 @@ def auc(scores: np.ndarray, right: np.ndarray) -> float:
     return float(np.mean(below + upto) / 2 / max(len(order), 1))
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+def _cosine(a: Any, b: Any) -> float:
     """Mean over tokens."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)

@@ -11,6 +11,7 @@ the adapters.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -128,15 +129,16 @@ def loss(
     ps = streams(config, target, params, features, batch["positions"])
     normalise = functools.partial(transformer.final_norm, target, frozen)
 
-    near, cosines = [], []
+    near: list[jax.Array] = []
+    cosines: list[jax.Array] = []
     for i in range(1, len(ps)):
         wanted = features.streams[accelerated.ahead(config, L, i)]
         cosine = _cosine(ps[i], wanted)
         apart = jnp.mean(jnp.square(_wide(normalise(ps[i])) - _wide(normalise(wanted))), axis=-1)
         near.append(mean(1 - cosine + objective.norm * apart))
         cosines.append(mean(cosine))
-    total = sum(near) / len(near)
-    metrics = {"alignment": sum(cosines) / len(cosines)}
+    total = _mean(near)
+    metrics = {"alignment": _mean(cosines)}
 
     gates = accelerated.gates(config.intervals, L)
     if between := gates[1:-1]:
@@ -154,10 +156,10 @@ def loss(
                 for kind in exit_router.ROUTERS:
                     odds = exit_router.score(kind, params[f"router_{gate}"], states)
                     entropies.append(mean(optax.sigmoid_binary_cross_entropy(odds, right)))
-        metrics["gate_loss"] = sum(far) / len(far)
+        metrics["gate_loss"] = _mean(far)
         total += objective.gate * metrics["gate_loss"]
         if entropies:
-            metrics["router_loss"] = sum(entropies) / len(entropies)
+            metrics["router_loss"] = _mean(entropies)
             total += objective.router * metrics["router_loss"]
 
     if objective.route:
@@ -192,7 +194,11 @@ def _routing(
         terms.append(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
         picked, wanted = (expert_routing.chosen(target, x) for x in (found, true))
         recalls.append((picked[..., None] == wanted[..., None, :]).any(-2).mean(-1))
-    return sum(terms) / len(terms), sum(recalls) / len(recalls)  # type: ignore[return-value]
+    return _mean(terms), _mean(recalls)
+
+
+def _mean(terms: Sequence[jax.Array]) -> jax.Array:
+    return jnp.mean(jnp.stack(terms), axis=0)
 
 
 def _wide(x: jax.Array) -> jax.Array:

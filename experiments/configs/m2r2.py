@@ -23,7 +23,7 @@ AIM, SLOWER = "to the last layer", "rate 2"
 DRAFTS = 6
 # Of models this small; the default is for wide ones.
 _ROUTER = 16
-_RECIPE = {"num_steps": 300, "batch_size": 4}
+_RECIPE: dict[str, object] = {"num_steps": 400}
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -110,12 +110,12 @@ def get_config(preset: str = "") -> ConfigDict:
     return config
 
 
-def _speculation(label: str, part: str = AIM, **options: object) -> ConfigDict:
+def _speculation(label: str, part: str = AIM, **options: Any) -> ConfigDict:
     options = {"intervals": 4, "num_draft": DRAFTS, "threshold": 0.6, **options}
     return method(label, "m2r2", part=part, **options)
 
 
-def _exit(label: str, part: str = AIM, **options: object) -> ConfigDict:
+def _exit(label: str, part: str = AIM, **options: Any) -> ConfigDict:
     return method(label, "m2r2_exit", part=part, **{"intervals": 4, **options})
 
 

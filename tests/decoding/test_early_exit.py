@@ -110,14 +110,28 @@ def test_a_row_does_not_depend_on_its_neighbours_and_alone_runs_only_what_it_nee
             assert alone.stats["layers_run"] == alone.stats["layers_needed"]
 
 
-def test_never_leaving_is_plain_decoding():
+def test_never_leaving_is_plain_decoding_and_adapters_leave_the_model_alone():
+    """Section 6, item 1: keys and values are the same bits with the stream beside them or not."""
     method = tiny.methods.build("autoregressive", {"target": CONFIG}, SamplingConfig())
-    plain = generation.generate(tiny_accelerated.models(), ROWS, method, STOP)
-    for keys in ("copy", "exact"):
-        rule = ExitRule(intervals=2, threshold=1.0, keys=keys, queue=QUEUE)
-        rows = decode(rule)
-        assert tiny.texts(rows) == tiny.texts(plain)
-        assert all(row.stats["layers_run"] == 4 * STOP.max_new_tokens for row in rows)
+    models = tiny_accelerated.models()
+    plain = generation.generate(models, ROWS, method, STOP)
+    caches = []
+    for fields in (
+        {},
+        {"stream": "slow", "router": "confidence"},
+        {"keys": "exact", "queue": QUEUE},
+    ):
+        rule = ExitRule(**{"intervals": 2, "threshold": 1.0, **fields})
+        method = early_exit(CONFIG, SamplingConfig(), rule)
+        state = tiny.start(method, models, ROWS, slots=64, buffer=64)
+        state = loop.advance(models, state, np.int32(99), method=method, stop=STOP, slots=64)
+        for b, row in enumerate(plain):
+            end = int(state.lengths[b])
+            assert np.asarray(state.tokens)[b, :end].tolist() == row.prompt_ids + row.token_ids
+        assert (np.asarray(state.stats.extra["layers_run"]) == 4 * STOP.max_new_tokens).all()
+        caches.append(state.inner.cache)
+    for one, other in zip(jax.tree.leaves(caches[0]), jax.tree.leaves(caches[1]), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_chunks_and_meshes_change_nothing():
