@@ -14,7 +14,9 @@ from decoding.speculative.drafting import nothing
 from decoding.speculative.feature_source import feature_source
 from decoding.speculative.method import speculative
 from decoding.speculative.reranked_tree import grown_nodes, reranked_tree_drafter
-from decoding.speculative.sources import Source
+from decoding.speculative.sources import Source, model_source
+from decoding.speculative.template import from_paths
+from decoding.speculative.template_tree import template_tree_drafter
 from models import cache as kv
 from models import feature_head, masks, transformer
 from models.errors import InputError
@@ -58,8 +60,9 @@ def test_text_is_plain_decodings_whatever_the_head_says(config):
     assert all(row.stats["draft_calls"] == (DEPTH + 1) * row.stats["target_calls"] for row in rows)
 
 
-def test_a_chain_of_drafts_gives_the_same_text():
-    rows = decode(build(tree="chain"))
+@pytest.mark.parametrize("tree", ["chain", "static"])
+def test_other_trees_give_the_same_text(tree):
+    rows = decode(build(tree=tree))
     assert tuple(map(tuple, tiny.texts(rows))) == tiny.plain_greedy()
 
 
@@ -111,26 +114,32 @@ def table_source(vocab: int) -> Source:
     return Source((), nothing, nothing, root, nodes, lambda inner, *_: inner, False)
 
 
-def brute_force(source: Source, state: loop.DecodeState, row: int) -> set[tuple[int, ...]]:
-    """The best paths of the pool, by plain lists."""
+def after(source: Source, state: loop.DecodeState) -> Any:
+    """(row, path) -> log_q [V] after it, a path at a time."""
 
-    def after(path: tuple[int, ...]) -> np.ndarray:
+    def one(row: int, path: tuple[int, ...]) -> np.ndarray:
         last = path[-1] if path else int(state.tokens[row, state.lengths[row] - 1])
-        one = state.replace(tokens=jnp.full((1, 1), last), lengths=jnp.ones((1,), jnp.int32))
+        only = state.replace(tokens=jnp.full((1, 1), last), lengths=jnp.ones((1,), jnp.int32))
         if path:
             tree = type("T", (), {"tokens": jnp.full((1, 1), last)})
-            real = one.replace(lengths=state.lengths[row][None])
+            real = only.replace(lengths=state.lengths[row][None])
             return np.asarray(source.nodes(None, (), real, tree, jnp.zeros(1, int), 1)[0])[0, 0]
         tokens = jnp.zeros((1, int(state.lengths[row])), jnp.int32).at[0, -1].set(last)
-        real = one.replace(tokens=tokens, lengths=state.lengths[row][None])
+        real = only.replace(tokens=tokens, lengths=state.lengths[row][None])
         return np.asarray(source.root(None, (), real)[0])[0]
 
+    return one
+
+
+def brute_force(source: Source, state: loop.DecodeState, row: int) -> set[tuple[int, ...]]:
+    """The best paths of the pool, by plain lists."""
+    plain = after(source, state)
     pool: list[tuple[float, tuple[int, ...]]] = []
     frontier: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for _ in range(DEPTH + 1):
         found = []
         for score, path in frontier:
-            log_q = after(path)
+            log_q = plain(row, path)
             for token in np.argsort(-log_q)[:WIDTH]:
                 found.append((score + float(log_q[token]), (*path, int(token))))
         pool += found
@@ -156,6 +165,60 @@ def test_the_tree_is_the_best_of_the_pool_connected_and_full():
         assert set(paths.values()) - {()} == brute_force(source, state, b)
         shapes.add(tuple(np.asarray(tree.parent[b]).tolist()))
     assert len(shapes) > 3  # it follows the context
+
+
+def test_a_static_tree_has_the_ranks_of_its_template():
+    source = table_source(64)
+    template = from_paths(((0,), (2,), (0, 1), (2, 0), (2, 0, 3)))
+    drafter = template_tree_drafter(source, template)
+    method = speculative("x", tiny.TARGET, drafter, "exact_match", SamplingConfig())
+    state = tiny.start(method, models(), tiny.PROMPTS, slots=64, buffer=64)
+    tree = jax.jit(lambda s: drafter.propose({}, (), s).tree)(state)
+    assert bool(tree.valid.all())
+    plain = after(source, state)
+    for b in range(len(tiny.PROMPTS)):
+        paths: dict[int, tuple[int, ...]] = {0: ()}
+        for node, ranks in enumerate(template.paths[1:], start=1):
+            above = paths[int(tree.parent[b, node])]
+            best = np.argsort(-plain(b, above), kind="stable")
+            assert int(tree.tokens[b, node]) == best[ranks[-1]]
+            paths[node] = (*above, int(tree.tokens[b, node]))
+            assert int(tree.depth[b, node]) == len(ranks)
+    # What ends the text has no children here either.
+    eos = int(tree.tokens[0, 1])
+    ending = template_tree_drafter(source, template, (eos,))
+    tree = jax.jit(lambda s: ending.propose({}, (), s).tree)(state)
+    assert np.asarray(tree.valid)[0].tolist() == [True, True, True, False, True, True]
+
+
+def test_confidence_is_what_ranks_nodes():
+    """A drafter that is the target knows which nodes are reached; with its probabilities exchanged
+    for noise on the same candidates, fewer drafts are accepted."""
+    sampling = SamplingConfig(temperature=0.2)  # a random model says little clearly
+    source = model_source(tiny.TARGET, sampling)
+
+    def noisy(log_q: jnp.ndarray) -> jnp.ndarray:
+        place = jnp.argsort(jnp.argsort(-log_q, axis=-1), axis=-1)
+        seed = (1e4 * jnp.abs(log_q).max(axis=-1)).astype(jnp.uint32).reshape(-1)
+        drawn = jax.vmap(lambda s: jax.random.uniform(jax.random.key(s), log_q.shape[-1:]))(seed)
+        return jnp.where(place < WIDTH, -drawn.reshape(log_q.shape), -1e6)
+
+    def root(*given: Any) -> Any:
+        log_q, inner = source.root(*given)
+        return noisy(log_q), inner
+
+    def nodes(*given: Any) -> Any:
+        log_q, inner = source.nodes(*given)
+        return noisy(log_q), inner
+
+    model = {role: tiny.params()["target"] for role in ("target", "draft")}
+    calls = []
+    for one in (source, source._replace(root=root, nodes=nodes)):
+        drafter = reranked_tree_drafter(one, WIDTH, DEPTH, 4)
+        method = speculative("x", tiny.TARGET, drafter, "exact_match", SamplingConfig())
+        rows = generation.generate(model, tiny.PROMPTS, method, tiny.STOP)
+        calls.append(sum(row.stats["target_calls"] for row in rows))
+    assert calls[1] > 1.1 * calls[0]
 
 
 def test_what_ends_the_text_has_no_children():
@@ -239,7 +302,9 @@ def test_drafts_and_caches_are_those_of_a_fresh_run_on_true_features():
             cache=kv.create(tiny.TARGET, len(tokens), slots, num_layers=1),
         )
         logits = transformer.unembed(tiny.TARGET, model["target"], said.readable)
-        return said.cache, log_probs(logits, sampling)
+        committed = kv.create(tiny.TARGET, len(tokens), slots)
+        whole = transformer.apply(tiny.TARGET, model["target"], tokens, cache=committed).cache
+        return said.cache, log_probs(logits, sampling), whole
 
     ask = jax.jit(lambda s: source.root(model, s.inner.drafter, s))
     for _ in range(4):
@@ -248,11 +313,14 @@ def test_drafts_and_caches_are_those_of_a_fresh_run_on_true_features():
             model, state, np.int32(state.rounds + 1), method=method, stop=tiny.STOP, slots=slots
         )
         counts.append(np.asarray(state.lengths) - before)
-        cache, wanted = fresh(state.tokens[:, :slots])
+        cache, wanted, whole = fresh(state.tokens[:, :slots])
         log_q, inner = ask(state)
         for b, length in enumerate(np.asarray(state.lengths)):
             np.testing.assert_allclose(log_q[b], wanted[b, length - 2], rtol=1e-4, atol=1e-3)
             end = length - 1
+            for layer in range(2):
+                mine, theirs = state.inner.target.keys[layer], whole.keys[layer]
+                np.testing.assert_allclose(mine[b, :, :end], theirs[b, :, :end], atol=1e-4)
             for mine, theirs in (
                 (inner.cache.keys, cache.keys), (inner.cache.values, cache.values)
             ):  # fmt: skip
