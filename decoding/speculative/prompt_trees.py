@@ -81,7 +81,8 @@ def plan(
     marginals, n = _checked(marginals, limit, ensemble)
     least, most = max(1, limit // (n * ensemble + 1)), limit // (1 + ensemble)
     ranked = [_ranked(marginals, depth) for depth in range(1, n + 1)]
-    tops = [min(len(paths), top) for paths, top in zip(ranked, (first, *(most,) * n), strict=False)]
+    tops = [min(len(paths), most) for paths in ranked]
+    tops[0] = min(tops[0], first)
     spans = [(tops[0],)] + [range(min(least, top), top + 1) for top in tops[1:]]
     by_size = [[_nodes(ranked[s][:size]) for size in span] for s, span in enumerate(spans)]
     best: tuple[float, tuple[_Nodes, ...], list[list[int]]] | None = None

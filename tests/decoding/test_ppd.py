@@ -71,6 +71,8 @@ def test_trees_are_connected_and_within_their_limit():
         assert all(len(p) == 1 or p[:-1] in tree.paths for p in tree.paths)
         assert all(1 <= k <= 3 for k in tree.prompts)
     assert len(found.trees[2].paths) + sum(found.trees[2].prompts) <= 40
+    small = prompt_trees.plan(marginals, 8)
+    assert prompt_trees.num_inputs(small.trees) == 1 + 3 + 8
     larger = prompt_trees.plan(marginals, 80)
     assert larger.tokens_per_call >= found.tokens_per_call
 

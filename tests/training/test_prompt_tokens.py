@@ -1,6 +1,7 @@
 """Prompt tokens: what they see, what they learn, a target that stays as it is."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,12 @@ T = make_batch(3)["tokens"].shape[1]
 
 def ahead(params, batch, cut, config=PROMPTS):
     placed = {name: jnp.asarray(value) for name, value in batch.items()}
-    return training.ahead(config, LONG, params, TARGET, placed, jnp.asarray(cut))
+    return _ahead(config, params, placed, jnp.asarray(cut))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ahead(config, params, batch, cut):
+    return training.ahead(config, LONG, params, TARGET, batch, cut)
 
 
 def test_a_copy_says_what_it_says_alone_behind_its_prefix():
@@ -47,6 +53,11 @@ def test_a_copy_says_what_it_says_alone_behind_its_prefix():
             np.testing.assert_allclose(found[row, c], mine / 2, atol=1e-4)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def compute(objective, features, batch, key):
+    return training.loss(PROMPTS, objective, LONG, PARAMS, features, batch, TARGET, key)
+
+
 @jax.jit
 def all_logits(tokens):
     return transformer.apply(LONG, TARGET, tokens[None]).logits[0]
@@ -67,7 +78,7 @@ def greedy(text, steps):
 def test_the_loss_is_the_decayed_divergence_from_the_targets_greedy_continuation():
     batch, objective = make_batch(3), Objective(cuts=2)
     placed = {name: jnp.asarray(value) for name, value in batch.items()}
-    features = target_features.features(LONG, TARGET, placed, ())
+    features = jax.jit(target_features.features, static_argnums=(0, 3))(LONG, TARGET, placed, ())
     key = jax.random.key(4)
     cut = np.asarray(jax.random.randint(key, (len(batch["tokens"]), 2), 0, T))
     said = np.asarray(ahead(PARAMS, batch, cut), np.float64)
@@ -83,7 +94,7 @@ def test_the_loss_is_the_decayed_divergence_from_the_targets_greedy_continuation
             log_q = special.log_softmax(said[row, c], axis=-1)
             nats.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1))
             agreed.append(wanted.argmax(-1) == said[row, c].argmax(-1))
-    loss, metrics = training.loss(PROMPTS, objective, LONG, PARAMS, features, placed, TARGET, key)
+    loss, metrics = compute(objective, features, placed, key)
     weights = np.array([1, 0.8, 0.64]) / 3
     assert float(loss) == pytest.approx(float(np.mean(nats, axis=0) @ weights), rel=1e-4)
     assert float(metrics["agreement_3"]) == pytest.approx(np.mean(agreed, axis=0)[2])
@@ -92,7 +103,7 @@ def test_the_loss_is_the_decayed_divergence_from_the_targets_greedy_continuation
 def test_targets_from_data_are_what_the_target_says_further_on_in_the_document():
     batch, objective = make_batch(3), Objective(cuts=2, targets="data")
     placed = {name: jnp.asarray(value) for name, value in batch.items()}
-    features = target_features.features(LONG, TARGET, placed, ())
+    features = jax.jit(target_features.features, static_argnums=(0, 3))(LONG, TARGET, placed, ())
     key = jax.random.key(4)
     cut = np.asarray(jax.random.randint(key, (len(batch["tokens"]), 2), 0, T))
     said = np.asarray(ahead(PARAMS, batch, cut), np.float64)
@@ -110,7 +121,7 @@ def test_targets_from_data_are_what_the_target_says_further_on_in_the_document()
                     log_q = special.log_softmax(said[row, c, k - 1])
                     nats.append((np.exp(log_p) * (log_p - log_q)).sum())
         total += 0.8 ** (k - 1) * np.mean(nats) / 3
-    loss, _ = training.loss(PROMPTS, objective, LONG, PARAMS, features, placed, TARGET, key)
+    loss, _ = compute(objective, features, placed, key)
     assert float(loss) == pytest.approx(total, rel=1e-4)
 
 
