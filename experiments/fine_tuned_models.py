@@ -20,7 +20,9 @@ from training.target_features import PartRecipe
 KINDS: dict[str, Callable[[dict[str, Any]], Tuning]] = {
     "early_exit": lambda settings: early_exit.tuning(**settings),
     "lexical_units": lambda settings: lexical_units.tuning(Units(**settings)),
-    "skip_decode": lambda settings: skip_decode.tuning(SkipSchedule(**settings)),
+    "skip_decode": lambda settings: skip_decode.tuning(
+        prompt_tokens=settings.pop("prompt_tokens", None), schedule=SkipSchedule(**settings)
+    ),
 }
 
 

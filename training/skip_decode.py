@@ -112,10 +112,13 @@ def generated(batch: DeviceBatch, prompt_tokens: int | None) -> jax.Array:
     return jnp.where(within > 0, within - 1, -1)
 
 
-def tuning(schedule: SkipSchedule) -> Tuning:
-    """For `fine_tuned.ensure`, on answers (`loss_on='response'`)."""
+def tuning(schedule: SkipSchedule, prompt_tokens: int | None = None) -> Tuning:
+    """For `fine_tuned.ensure`; `prompt_tokens` as `train`, None on answers."""
+    settings = dataclasses.asdict(schedule)
+    if prompt_tokens is not None:
+        settings["prompt_tokens"] = prompt_tokens
     return Tuning(
         "skip_decode",
-        dataclasses.asdict(schedule),
-        lambda config, **run: train(config, schedule, **run),
+        settings,
+        lambda config, **run: train(config, schedule, prompt_tokens=prompt_tokens, **run),
     )

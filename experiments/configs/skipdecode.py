@@ -136,6 +136,16 @@ def copy(kind: str, settings: dict[str, Any] | None = None) -> ConfigDict:
     )  # fmt: skip
 
 
+def code_copy(prompt_tokens: int, span: int) -> ConfigDict:
+    """Half the layers of the embedded model of code, after prompts of a length."""
+    settings = {**_schedule(5, 3), "span": span, "prompt_tokens": prompt_tokens}
+    return fine_tuned(
+        "skip_decode", "code_deep", settings, num_steps=200, batch_size=4,
+        sequence_length=prompt_tokens + span,
+        optimizer={"kind": "muon", "learning_rate": 2e-3, "warmup_steps": 10},
+    )  # fmt: skip
+
+
 def _schedule(most: int, least: int, **more: Any) -> dict[str, Any]:
     return {"max_layers": most, "min_layers": least, "span": SPAN, "warmup": 1, **more}
 

@@ -72,24 +72,28 @@ def test_units_are_of_the_models_own_confidence():
         ).logits  # fmt: skip
 
     @jax.jit
-    def found(logits):
-        bars = (0.02, 0.04, 0.08)
+    def found(logits, bars):
         sure = [lexical_units.confident_tokens(logits, batch, least) for least in bars]
         return *sure, lexical_units.confident_tokens(logits, batch, 0.0, likeliest=True)
 
     logits = logits_of(START)
-    low, sure, high, best = map(np.asarray, found(logits))
     p = np.exp(np.asarray(logits, np.float64))
     p /= p.sum(-1, keepdims=True)
     tokens, segments = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
     counted = np.asarray(batch["loss_mask"]) > 0
+    gold = np.zeros(tokens.shape)  # of tokens that may be sure
     for b, t in np.ndindex(tokens.shape):
-        same = t > 0 and segments[b, t] == segments[b, t - 1] and counted[b, t - 1]
-        assert sure[b, t] == (same and p[b, t - 1, tokens[b, t]] >= 0.04)
-        assert best[b, t] == (same and p[b, t - 1].argmax() == tokens[b, t])
-    assert low.sum() > sure.sum() > high.sum() > 0
-    other = found(logits_of(jax.tree.map(lambda x: -x, START)))[1]
-    assert not np.array_equal(other, sure)
+        if t > 0 and segments[b, t] == segments[b, t - 1] and counted[b, t - 1]:
+            gold[b, t] = p[b, t - 1, tokens[b, t]]
+    order = np.sort(gold[gold > 0])
+    bars = [(order[i] + order[i - 1]) / 2 for i in (5, len(order) // 2, -5)]
+    *sure, best = map(np.asarray, found(logits, bars))
+    for mine, bar in zip(sure, bars, strict=True):
+        np.testing.assert_array_equal(mine, gold >= bar)
+    likeliest = np.roll(p.argmax(-1) == np.asarray(batch["targets"]), 1, axis=1)
+    np.testing.assert_array_equal(best, likeliest & (gold > 0))
+    other = found(logits_of(jax.tree.map(lambda x: -x, START)), bars)[1]
+    assert not np.array_equal(other, sure[1])
 
 
 def test_branches_stand_before_units_and_anywhere():
