@@ -78,7 +78,9 @@ def ahead(batch: DeviceBatch, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return there, batch["targets"][:, there], counts
 
 
-def accuracy(logits: jax.Array, targets: jax.Array, counts: jax.Array, k: int) -> dict[str, jax.Array]:
+def accuracy(
+    logits: jax.Array, targets: jax.Array, counts: jax.Array, k: int
+) -> dict[str, jax.Array]:
     """`agreement_k` and `top5_k`: how often the data's token is the head's likeliest, or among
     its five likeliest."""
     own = jnp.take_along_axis(logits, targets[..., None], axis=-1)
