@@ -1,10 +1,13 @@
 """Accelerated streams: where they are to be, what their adapters are and cost, and the routers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import method_parts
 from models import accelerated_residual as accelerated
 from models import cache as kv
 from models import exit_router, expert_routing, sharding, sizes, transformer
@@ -133,6 +136,15 @@ def test_adapters_are_written_and_read(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, params, read)
     with pytest.raises(InputError, match="shape"):
         accelerated.load(tmp_path / "0", CONFIG.replace(embed_dim=32))
+    # A method is told when its options are not those that the adapters were trained for.
+    load = functools.partial(method_parts.load_part, accelerated.ROLE, tmp_path / "0")
+    assert set(load({"intervals": 2, "restart": True, "router": "arla"}, CONFIG)) == set(
+        accelerated.init(AcceleratorConfig(2), CONFIG, jax.random.key(0))
+    )
+    with pytest.raises(InputError, match="intervals: 4 given, but the adapters of"):
+        load({"intervals": 4}, CONFIG)
+    with pytest.raises(InputError, match="restart: False given"):
+        load({"intervals": 2, "restart": False}, CONFIG)
 
 
 @pytest.mark.parametrize(
