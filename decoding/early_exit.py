@@ -30,6 +30,7 @@ from models import cache as kv
 from models.accelerated_residual import ROLE
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice
+from models.state_propagation import propagate
 
 STREAMS = ("accelerated", "slow")
 ROUTERS = (*exit_router.ROUTERS, "confidence", "fixed")
@@ -218,13 +219,10 @@ def early_exit(config: TransformerConfig, sampling: SamplingConfig, rule: ExitRu
         return jnp.where(needs[..., None], out.collected[0], x), out.cache
 
     def fill(params: ModelParams, number: int, turn: _Turn, cache: kv.KVCache) -> Any:
-        """Keys and values alone of the states that all rows have left with: the rest of a layer is
-        not used, and XLA leaves it out."""
+        """Keys and values alone, of the states that all rows have left with."""
         if not exact:
-            never = jnp.zeros((len(turn.going), 1), bool)
             for layer in range(gates[number - 1], gates[number]):
-                positions = cache.lengths[:, None]
-                _, cache = one_layer(params, layer, turn.streams, cache, never, positions, None)
+                cache = propagate(config, params["target"], turn.streams, cache, layer)
         return cache, turn
 
     def step(params: ModelParams, state: DecodeState) -> tuple[GateState, Emission]:
