@@ -30,12 +30,9 @@ from experiments import cli
 from models.errors import InputError
 
 if TYPE_CHECKING:  # these import JAX, which a mistyped flag should not wait for
-    from jax.sharding import Mesh
-
     from decoding.generation import Event, Row
     from decoding.loop import ModelParams
     from decoding.sampling import SamplingConfig
-    from experiments.kept_rows import KeptRows
     from experiments.loading import Prompt
     from models.config import TransformerConfig
     from models.tokenizer import Tokenizer
@@ -217,7 +214,7 @@ def _generate(options: dict[str, Any]) -> None:
             if distributed.is_first():
                 show(line, row)
         begun = -(-len(kept.lines) // len(numbers[0]))
-        for row, line in _rounds(numbers, begun, decode, mesh, kept):
+        for row, line in kept_rows.rounds(numbers, begun, decode, mesh, kept):
             show(line, row)
 
 
@@ -228,39 +225,6 @@ def _profile(decode: Callable[[], Any]) -> None:
     with profiling.asked(Path(_PROFILE.value)):
         decode()
         profiling.trace_once({_METHOD.value: decode})
-
-
-def _rounds(
-    numbers: Sequence[list[int]],
-    begun: int,
-    decode: Callable[[list[int]], list[dict[str, Any]]],
-    mesh: "Mesh | None",
-    kept: "KeptRows",
-) -> Iterator[tuple[int, str]]:
-    """Decodes batches from number `begun` on; yields rows as JSON, to the first process alone.
-
-    In a round each process decodes a batch of its own, and hands its rows to all. On a mesh of
-    several processes all of them decode the same batch together.
-
-    Raises:
-      SystemExit: `training.loop.TERMINATED`, when one of several processes was sent SIGTERM.
-    """
-    from models import distributed
-    from training.loop import TERMINATED
-
-    together = mesh is not None and len({d.process_index for d in mesh.devices.flat}) > 1
-    count, index = distributed.processes()
-    count, index = (1, 0) if together else (count, index)
-    for start in range(begun, len(numbers), count):
-        own = numbers[start + index] if start + index < len(numbers) else None
-        text = "\n".join(map(json.dumps, decode(own))) if own else ""
-        shares = [text] if together else distributed.gather(text)
-        lines = [line for share in shares for line in share.split("\n") if line]
-        if distributed.is_first():
-            kept.append(lines)
-            yield from enumerate(lines, start=numbers[start][0])
-        if distributed.preempted():
-            raise SystemExit(TERMINATED)
 
 
 def _settings(
