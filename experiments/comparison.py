@@ -26,6 +26,7 @@ from experiments import (
     calibration,
     exact_chains,
     expert_prefetch,
+    feature_heads,
     fine_tuned_models,
     guess_accuracy,
     information,
@@ -34,6 +35,8 @@ from experiments import (
     loading,
     lossless,
     oracle_bound,
+    prompt_accuracy,
+    prompt_tree_size,
     records,
     text_quality,
     timing,
@@ -53,6 +56,8 @@ ANALYSES = {
     "acceptance": acceptance.measure,
     "calibration": calibration.measure,
     "exact chains": exact_chains.measure,
+    "feature errors": feature_heads.measure_errors,
+    "feature heads": feature_heads.measure,
     "five guesses": guess_accuracy.measure_five,
     "expert loading": expert_prefetch.measure,
     "exits": accelerated_streams.measure_exits,
@@ -63,6 +68,9 @@ ANALYSES = {
     "information": information.measure,
     "layers ahead": accelerated_streams.measure_agreement,
     "likeness": accelerated_streams.measure_similarity,
+    "prompt tokens": prompt_accuracy.measure,
+    "prompt tree size": prompt_tree_size.measure,
+    "prompt tree states": prompt_tree_size.measure_states,
     "chosen masks": unmasking_observations.measure_ranks,
     "far masks": unmasking_observations.measure_far_masks,
     "ages of keys and values": unmasking_observations.measure_ages,
@@ -191,13 +199,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # Rows of equal length make the fairest times; answers end where they end.
     ends = None if config.decode.get("stop_at_eos") else ()
     stop = generation.stop_config(models.configs["target"], config.decode.max_new_tokens, ends)
+    entries = prompt_tree_size.resolve(config, models.configs, models.params)
     lines: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     for temperature in config.decode.temperatures:
         sampling = SamplingConfig(
             temperature=temperature, top_k=config.decode.top_k, top_p=config.decode.top_p
         )
-        entries = {entry.label: entry for entry in config.decode.methods}
         built = {
             label: methods.build(
                 entry.method, _as_target(models.configs, entry), sampling, entry.options.to_dict()

@@ -129,6 +129,22 @@ def feature_head(
     return ConfigDict({**parts, **(recipe or {})})
 
 
+def prompt_tokens(
+    objective: dict[str, object] | None = None,
+    recipe: dict[str, object] | None = None,
+    **prompts: object,
+) -> ConfigDict:
+    """An entry of `config.parts`: what `training.prompt_marginals` trains, on first use.
+
+    Args:
+      objective: fields of `training.prompt_tokens.Objective`.
+      recipe: fields of `training.target_features.PartRecipe`, `optimizer` as a dict.
+      prompts: fields of `models.prompt_tokens.PromptTokensConfig`.
+    """
+    parts = {"kind": "prompt_tokens", "prompts": prompts, "objective": objective or {}}
+    return ConfigDict({**parts, **(recipe or {})})
+
+
 def fine_tuned(
     kind: str, start: str, settings: dict[str, object] | None = None, **recipe: object
 ) -> ConfigDict:

@@ -18,6 +18,7 @@ from models import chimera_heads as chimera_heads_model
 from models import exit_adapter as exit_adapter_model
 from models import feature_head as feature_head_model
 from models import medusa_heads as medusa_heads_model
+from models import prompt_tokens as prompt_tokens_model
 from models.accelerated_residual import AcceleratorConfig
 from models.chimera_heads import ChimeraConfig
 from models.config import TransformerConfig
@@ -25,12 +26,15 @@ from models.errors import InputError, check_choice
 from models.exit_adapter import ExitAdapterConfig
 from models.feature_head import FeatureHeadConfig
 from models.medusa_heads import MedusaConfig
+from models.prompt_tokens import PromptTokensConfig
 from training import (
     accelerated_residual,
     chimera_heads,
     exit_adapter,
     feature_head,
     medusa_heads,
+    prompt_marginals,
+    prompt_tokens,
     target_features,
     unmask_filter,
 )
@@ -77,6 +81,12 @@ def _head(target: str, entry: dict[str, Any]) -> Path:
     return target_features.ensure(_recipe(target, entry), feature_head.part(head, objective))
 
 
+def _prompts(target: str, entry: dict[str, Any]) -> Path:
+    prompts = PromptTokensConfig(**entry.pop("prompts"))
+    objective = prompt_tokens.Objective(**entry.pop("objective"))
+    return prompt_marginals.ensure(_recipe(target, entry), prompts, objective)
+
+
 def _medusa(target: str, entry: dict[str, Any]) -> Path:
     heads = MedusaConfig(**entry.pop("heads"))
     return target_features.ensure(_recipe(target, entry), medusa_heads.part(heads))
@@ -101,6 +111,7 @@ KINDS = {
     "feature_head": _Kind(feature_head_model.ROLE, _head),
     "medusa_heads": _Kind(medusa_heads_model.ROLE, _medusa),
     "chimera_heads": _Kind(chimera_heads_model.ROLE, _chimera),
+    "prompt_tokens": _Kind(prompt_tokens_model.ROLE, _prompts),
 }
 
 

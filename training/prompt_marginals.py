@@ -189,6 +189,7 @@ def ensure(
         params = prompt_tokens.load(trained, model)[1]
         rank = measure(config, model, params, target_params, texts, cut)
         with checkpoints.disk_errors("cannot write the marginals", result):
+            result.mkdir(parents=True)
             for file in trained.iterdir():
                 shutil.copy(file, result / file.name)
             checkpoints.write_json(
