@@ -53,6 +53,7 @@ reproduce: $(STAMP)
 	$(BIN)/python -m experiments.benchmark --suite=trees --workdir=runs/reproduce/trees
 	$(BIN)/python -m experiments.benchmark --suite=diffusion --workdir=runs/reproduce/diffusion
 	$(BIN)/python -m experiments.benchmark --suite=tokens --workdir=runs/reproduce/tokens
+	$(BIN)/python -m experiments.benchmark --suite=self_drafting --workdir=runs/reproduce/self_drafting
 	$(BIN)/python -m experiments.benchmark --suite=baseline --workdir=runs/reproduce/benchmark
 
 benchmark: $(STAMP)

@@ -4,6 +4,7 @@
     python -m experiments.benchmark --suite=trees --workdir=runs/trees
     python -m experiments.benchmark --suite=diffusion --workdir=runs/diffusion
     python -m experiments.benchmark --suite=tokens --workdir=runs/tokens
+    python -m experiments.benchmark --suite=self_drafting --workdir=runs/self_drafting
 
 Prints a Markdown table and records `results.json` in the work directory.
 """
@@ -18,7 +19,10 @@ from models.errors import InputError, check_choice
 
 FLAGS = flags.FlagValues()
 _SUITE = flags.DEFINE_string(
-    "suite", "baseline", "Which suite: baseline, trees, diffusion or tokens.", flag_values=FLAGS
+    "suite",
+    "baseline",
+    "Which suite: baseline, trees, diffusion, tokens or self_drafting.",
+    flag_values=FLAGS,
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where to record results.json; default nowhere.", flag_values=FLAGS
@@ -37,7 +41,10 @@ _PARTS = flags.DEFINE_list(
     flag_values=FLAGS,
 )
 _LINES = flags.DEFINE_list(
-    "lines", [], "Methods of the trees suite's budgets, by label; default all.", flag_values=FLAGS
+    "lines",
+    [],
+    "Methods of the self_drafting suite or of the trees suite's budgets, by label; default all.",
+    flag_values=FLAGS,
 )
 _TARGET = flags.DEFINE_string(
     "target", "bench_85m", "Size of the trees suite's random target.", flag_values=FLAGS
@@ -55,7 +62,9 @@ _REPEATS = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
-    check_choice("suite", _SUITE.value, ("baseline", "trees", "diffusion", "tokens"))
+    check_choice(
+        "suite", _SUITE.value, ("baseline", "trees", "diffusion", "tokens", "self_drafting")
+    )
     if _REPEATS.value < 1:
         raise InputError(f"repeats: {_REPEATS.value} must be at least 1")
     from experiments import results
@@ -71,6 +80,9 @@ def main(argv: list[str]) -> None:
         found |= measured
     elif _SUITE.value == "tokens":
         measured, table = _tokens()
+        found |= measured
+    elif _SUITE.value == "self_drafting":
+        measured, table = _self_drafting()
         found |= measured
     elif _SUITE.value == "diffusion":
         measured, table = _diffusion()
@@ -108,6 +120,19 @@ def _tokens() -> tuple[dict[str, Any], str]:
         chart = plots.panels(tokens.charts(measured), columns=2, own_legends=True)
         plots.write_png(chart, Path(_WORKDIR.value) / "tokens.png")
     return measured, tokens.table(measured)
+
+
+def _self_drafting() -> tuple[dict[str, Any], str]:
+    """The self-drafting suite and its table."""
+    from experiments import plots
+    from experiments.benchmarks import self_drafting
+
+    records = self_drafting.run(_REPEATS.value, _LINES.value)
+    if _WORKDIR.value:
+        Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
+        chart = plots.panels(self_drafting.charts(records), columns=2)
+        plots.write_png(chart, Path(_WORKDIR.value) / "self_drafting.png")
+    return {"runs": records}, self_drafting.table(records)
 
 
 def _trees() -> tuple[dict[str, Any], str]:
