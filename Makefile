@@ -9,7 +9,7 @@ WORKERS ?= 2
 SYSTEMS := spectr rsd dyspec token_recycling aded bild \
   learn2pd ete window_diffusion llada21 enat mulo_sd \
   hat learn_your_tokens byte2word dynamic_tokenization zett lexinvariant \
-  kangaroo m2r2 chimera lud skipdecode
+  kangaroo m2r2 chimera lud skipdecode fspad ppd
 
 .PHONY: help setup demo test unit lint format reproduce benchmark clean
 
