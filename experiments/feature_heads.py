@@ -59,9 +59,9 @@ def follow(
     index = jnp.broadcast_to(jnp.arange(T), (B, T))
     following = jnp.pad(read[:, 1:], ((0, 0), (0, 1)))
     embedded = transformer.embed(config, target_params, following, index + 1)
-    cache = kv.create(config, B, T, num_layers=1)
     run = functools.partial(feature_head.apply, config, head)
-    cache = run(embedded, hidden, positions=index, cache=cache).cache
+    empty = kv.create(config, B, T, num_layers=1)
+    cache = run(embedded, hidden, positions=index, cache=empty).cache
 
     def at(table: jnp.ndarray, place: jnp.ndarray) -> jnp.ndarray:
         return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1))(table, place)

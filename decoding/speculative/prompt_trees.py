@@ -258,9 +258,9 @@ def _steady(
     """Stationary distribution over the states 1..n, and the mean of their expected nodes."""
     n = len(chosen)
     totals = np.array([nodes.total for nodes in chosen])
-    transitions = np.stack(
-        [np.bincount(k, nodes.last, n + 1) for nodes, k in zip(chosen, prompts, strict=True)]
-    )
+    transitions = np.zeros((n, n + 1))
+    for s, (nodes, carried) in enumerate(zip(chosen, prompts, strict=True)):
+        transitions[s] = np.bincount(carried, nodes.last, n + 1)
     transitions[:, 0] = 1 - transitions[:, 1:].sum(axis=1)  # only the root is accepted
     if dead_end:
         chain = np.zeros((n + 1, n + 1))

@@ -27,7 +27,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "partial alignment": {"alignment": "heads"},
     "FSPAD": {"fusion": "product", "alignment": "heads"},
 }
-_TREE = {"width": 6, "depth": 4, "num_draft": 24}  # EAGLE-1's static tree has 25 nodes
+# One node less than EAGLE-1's static tree has.
+_TREE: dict[str, Any] = {"width": 6, "depth": 4, "num_draft": 24}
 _STEPS = 400
 
 
@@ -40,7 +41,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.data.update(dataset="jsonl_prompts", prompt_field="question", num_prompts=480)
         config.data.builder_options = ConfigDict({"path": "data/spec_bench.jsonl"})
         config.decode.update(max_new_tokens=1024, stop_at_eos=True)
-        text = {
+        text: dict[str, Any] = {
             "dataset": "text_files", "dataset_options": {"files": "data/sharegpt/*.txt"},
             "sequence_length": 2048, "batch_size": 4, "num_steps": 800_000,
             "optimizer": {"learning_rate": 3e-5, "warmup_steps": 2000, "weight_decay": 0.0},

@@ -55,7 +55,7 @@ def get_config(preset: str = "") -> ConfigDict:
     text = {
         "num_steps": _STEPS, "sequence_length": 128, "batch_size": 2, "optimizer": training
     }  # fmt: skip
-    many = {"cuts": 32}
+    many: dict[str, Any] = {"cuts": 32}
     config.parts = ConfigDict(
         {
             "prompt tokens": prompt_tokens(many, text),
