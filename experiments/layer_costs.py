@@ -25,7 +25,7 @@ class Cost(NamedTuple):
 
     Attributes:
       prompt: seconds until the first round.
-      whole: seconds of everything.
+      whole: seconds of everything, texts not brought to the host.
       rounds: of all batches.
       layers: that were run in them.
     """
@@ -45,21 +45,22 @@ def once(
     num_layers: int,
 ) -> Cost:
     """Decodes the prompts, `batch` at a time; methods that do not count layers run all."""
-    prompt = whole = 0.0
+    prompt = decoding = 0.0
     rounds = layers = 0
     for first in range(0, len(prompts), batch):
-        group = prompts[first : first + batch]
         begin = time.perf_counter()
-        state, _ = generation.begin(params, group, method, stop)
+        state, slots = generation.begin(params, prompts[first : first + batch], method, stop)
         jax.block_until_ready(state)
-        prompt += time.perf_counter() - begin
-        begin = time.perf_counter()
-        rows = generation.generate(params, group, method, stop)
-        whole += time.perf_counter() - begin
-        longest = max(rows, key=lambda row: row.stats["target_calls"]).stats
-        rounds += longest["target_calls"]
-        layers += longest.get("layers_run", longest["target_calls"] * num_layers)
-    return Cost(prompt, whole, rounds, layers)
+        read = time.perf_counter()
+        state, _ = generation.advance(params, state, slots, method, stop)
+        decoding += time.perf_counter() - read  # it has waited for the last round
+        prompt += read - begin
+        calls = np.asarray(state.stats.target_calls)
+        longest = int(calls.argmax())
+        rounds += int(calls[longest])
+        counted = state.stats.extra.get("layers_run", num_layers * calls)
+        layers += int(np.asarray(counted)[longest])
+    return Cost(prompt, prompt + decoding, rounds, layers)
 
 
 def measure(
