@@ -16,7 +16,7 @@ import pytest
 
 from decoding.speculative.tree import DraftTree
 from decoding.speculative.verification import Verdict
-from experiments import calibration, cli, plots, results, sweep, sweep_workers
+from experiments import calibration, cli, plots, results, sweep, sweep_page, sweep_workers
 from models import hf_checkpoint, sizes, transformer
 from models.errors import InputError
 
@@ -240,7 +240,7 @@ def test_quality_is_drawn_over_cost_where_a_method_gives_it_away():
             run_record(setting, "small", 0.25, 4.0, keeps_law=True, role="draft"),
             run_record(setting, "RB=2", quality, 1 / quality),
         ]
-    calls, seconds, *others = sweep.figures({"settings": ["FB=0.2", "FB=0.9"], "runs": runs})
+    calls, seconds, *others = sweep_page.figures({"settings": ["FB=0.2", "FB=0.9"], "runs": runs})
     assert len(others) == 2  # the usual two
     assert calls["y_label"] == "tokens as plain decoding"
     drawn = {s["label"]: (s["x"], s["y"]) for s in calls["series"]}
@@ -249,7 +249,7 @@ def test_quality_is_drawn_over_cost_where_a_method_gives_it_away():
     }  # fmt: skip
     assert next(s for s in seconds["series"] if s["label"] == "RB=2")["x"] == [0.5, 0.8]
     lossless = [r for r in runs if r["label"] == "plain"]
-    assert len(sweep.figures({"settings": ["FB=0.2"], "runs": lossless})) == 2
+    assert len(sweep_page.figures({"settings": ["FB=0.2"], "runs": lossless})) == 2
 
 
 def test_panels_are_drawn_with_one_legend(tmp_path):
@@ -283,8 +283,8 @@ def test_runs_that_say_nothing_of_a_law_are_charted_by_their_quality():
         }  # fmt: skip
 
     found = [{"name": "k=1", "runs": [run("plain", 1.0, 0.4), run("tau", 2.0, 0.6)]}]
-    collected = sweep.collect(found)
-    charts = sweep.trade_offs(collected["runs"])
+    collected = sweep_page.collect(found)
+    charts = sweep_page.trade_offs(collected["runs"])
     assert [chart["y_label"] for chart in charts] == ["class accuracy"] * 2
     assert charts[0]["series"][1] == {"label": "tau", "x": [0.5], "y": [0.6]}
-    assert "60.0% class accuracy" in sweep._quality(collected["runs"][1])
+    assert "60.0% class accuracy" in sweep_page.quality(collected["runs"][1])

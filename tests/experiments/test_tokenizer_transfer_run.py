@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import cli, run, sweep, tokenizer_transfer, transfer_parts, transfer_tokenizer
+from experiments import (
+    cli,
+    run,
+    sweep,
+    sweep_page,
+    tokenizer_transfer,
+    transfer_parts,
+    transfer_tokenizer,
+)
 from experiments.configs import zett
 from models import byte_level, hf_checkpoint, transformer
 from models.errors import InputError
@@ -117,9 +125,9 @@ def test_the_experiment_measures_every_part(places, tmp_path, monkeypatch):
     assert mine.bits_per_byte == pytest.approx(nats / np.log(2) / size, rel=1e-4)
     assert mine.tokens_per_byte == sum(len(base.form.encode(t)) for t in texts) / size
     # A sweep draws its scores.
-    collected = sweep.collect([{**found, "name": "one"}, {**found, "name": "two"}])
-    sweep.write(tmp_path, collected)
-    charts = sweep.figures(collected)
+    collected = sweep_page.collect([{**found, "name": "one"}, {**found, "name": "two"}])
+    sweep_page.write(tmp_path, collected)
+    charts = sweep_page.figures(collected)
     assert charts[0]["series"][0]["x"] == ["one", "two"] and (tmp_path / "sweep.png").exists()
 
 
