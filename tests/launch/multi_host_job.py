@@ -70,7 +70,7 @@ def decode(params, mesh) -> list[list[int]]:
 
 def main(workdir: str, step: str = "", signal: str = "") -> None:
     place = pathlib.Path(workdir)
-    cluster = distributed.from_environment(os.environ, connect_timeout=60, heartbeat_timeout=10)
+    cluster = distributed.from_environment(os.environ, connect_timeout=60, heartbeat_timeout=20)
     with distributed.job(cluster):
 
         def wrap(inner):

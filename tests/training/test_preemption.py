@@ -21,7 +21,7 @@ def test_a_run_that_was_told_to_stop_goes_on_bit_identically(tmp_path):
     with subprocess.Popen(**_command(broken, cache, STOPPED_BEFORE)) as process:
         assert process.stdout.readline() == "waiting\n", process.stderr.read()
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
     assert process.returncode == TERMINATED == 128 + signal.SIGTERM, said
     # The step that was to come is still taken, and nothing after it.
     assert checkpoints.Checkpointer(broken).steps == [8, STOPPED_BEFORE]

@@ -32,7 +32,7 @@ def _command(workdir, cache, *more):
 
 
 def _run(workdir, cache):
-    done = subprocess.run(**_command(workdir, cache), timeout=120, check=False)
+    done = subprocess.run(**_command(workdir, cache), timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
