@@ -227,7 +227,7 @@ def measure_exits(
         for better, worse in (("arla", "linear"), ("linear", "confidence"))
     ]
     figure = {
-        "title": f"Leaving at gates, {label}: agreement with the last layer",
+        "title": f"Leaving at gates, {label}",
         "x_label": "layers a token",
         "y_label": "share of tokens",
         "series": [

@@ -142,7 +142,7 @@ def measure(
             stalls[name].append(sum(run.stalled for run in found) / taken[name])
     load = np.bincount(true.ravel(), minlength=model.num_experts) / true.size
     figure = {
-        "title": f"Experts loaded ahead of time, {share:.0%} of them in fast memory",
+        "title": f"Experts ahead of time, {share:.0%} in fast memory",
         "x_label": "time to load an expert over that to compute a layer",
         "y_label": "speed-up over loading on demand",
         "x_scale": "log",
