@@ -30,7 +30,7 @@ ABLATIONS: dict[str, dict[str, bool]] = {
 # distils too, are not known: `:offline` has `Objective`'s.
 PUBLISHED: dict[str, Any] = {"distillation": 0.0, "state_weight": 0.0}
 CHAIN = "0 00 000 0000"
-_STEPS = 200
+_STEPS = 600
 
 
 def get_config(preset: str = "") -> ConfigDict:
