@@ -61,7 +61,7 @@ def get_config(preset: str = "") -> ConfigDict:
             "prompt tokens": prompt_tokens(many, text),
             "4 embeddings each": prompt_tokens(many, text, ensemble=4),
             "independent": prompt_tokens(many, text, mask="independent"),
-            "Medusa": medusa_heads({"num_steps": 300, "sequence_length": 128}),
+            "Medusa": medusa_heads({"num_steps": 600, "sequence_length": 128}),
         }
     )
     config.decode.methods = (
