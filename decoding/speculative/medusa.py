@@ -71,7 +71,10 @@ def medusa_drafter(config: TransformerConfig, paths: tuple[tuple[int, ...], ...]
 
     Args:
       config: the target's architecture.
-      paths: ranks from the root, a parent before its children; none deeper than there are heads.
+      paths: ranks from the root, a parent before its children.
+
+    Raises:
+      InputError: a rank beyond the vocabulary; when it is run, a tree deeper than there are heads.
     """
     number = {(): 0} | {path: i + 1 for i, path in enumerate(paths)}
     parent = np.array([NO_PARENT, *(number[path[:-1]] for path in paths)], np.int32)
@@ -100,6 +103,8 @@ def medusa_drafter(config: TransformerConfig, paths: tuple[tuple[int, ...], ...]
 
     def propose(params: ModelParams, inner: MedusaState, state: DecodeState) -> Draft:
         logits = medusa_heads.apply(config, params["target"], params[ROLE], inner.hidden)
+        if (heads := logits.shape[1]) < L:
+            raise InputError(f"heads: a tree of {L} levels needs as many; these are {heads}")
         lists = top_k(logits[:, :L], most)[1].astype(jnp.int32)
         tokens = lists[:, np.maximum(depth - 1, 0), rank]
         shape = tokens.shape

@@ -97,3 +97,10 @@ def test_trees_are_checked():
     for text in ("0 x", "00", "0 0", ""):
         with pytest.raises(InputError, match="tree"):
             medusa.paths_of(text, 4)
+
+
+def test_a_tree_deeper_than_there_are_heads_is_refused():
+    drafter = medusa.medusa_drafter(tiny.TARGET, ((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)))
+    deep = speculative("medusa", tiny.TARGET, drafter, "exact_match", SamplingConfig(0.0))
+    with pytest.raises(InputError, match=r"4 levels.*these are 3"):
+        generation.generate(models(), tiny.PROMPTS[:1], deep, tiny.STOP)
