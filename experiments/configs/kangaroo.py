@@ -83,14 +83,10 @@ def _part(layer: int, kind: str = "attention") -> str:
 
 
 def _kangaroo(
-    label: str, layer: int, eta: float = 0.6, kind: str = "attention", **options: int
+    label: str, layer: int, eta: float = 0.6, kind: str = "attention", **more: Any
 ) -> ConfigDict:
-    return method(
-        label,
-        "kangaroo",
-        part=_part(layer, kind),
-        **{"exit_layer": layer, "num_draft": DRAFTS, "threshold": eta, **options},
-    )
+    options: dict[str, Any] = {"exit_layer": layer, "num_draft": DRAFTS, "threshold": eta, **more}
+    return method(label, "kangaroo", part=_part(layer, kind), **options)
 
 
 def sweep() -> list[dict[str, object]]:
