@@ -38,6 +38,11 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 
+# Device files of TPUs, and of NVIDIA's and AMD's GPUs; the last one is a GPU's under WSL.
+ACCELERATORS = (
+    "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/nvhost*", "/dev/kfd", "/dev/dxg",
+)  # fmt: skip
+
 _FOLDERS = ("models", "decoding", "training", "experiments", "launch")
 _OURS = tuple(str(Path(__file__).parents[1] / folder) + os.sep for folder in _FOLDERS)
 
@@ -50,6 +55,7 @@ def run_main(main: Callable[[list[str]], Any], program: flags.FlagValues = flags
       program: the program's flags; absl's own (`--verbosity`, ...) and `--help` are added.
     """
     use_compilation_cache()
+    use_cpu_if_there_is_nothing_else()
     if isinstance(sys.stdout, io.TextIOWrapper):  # text that the terminal cannot show is no error
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -93,6 +99,22 @@ def use_compilation_cache() -> None:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def use_cpu_if_there_is_nothing_else() -> None:
+    """Keeps an installed libtpu, which compile checks need, from looking for a TPU in vain.
+
+    It would complain in several lines on any machine without one. `JAX_PLATFORMS` comes first.
+    """
+    if os.environ.get("JAX_PLATFORMS") or importlib.util.find_spec("libtpu") is None:
+        return
+    if any(path for pattern in ACCELERATORS for path in Path("/").glob(pattern.lstrip("/"))):
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
 
 
 def define_cluster(

@@ -1,5 +1,6 @@
 """Flags, errors, exit statuses and config files, as every program has them."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -159,6 +160,29 @@ def test_compilation_cache_follows_the_environment(monkeypatch, tmp_path):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jax")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize("chips", [False, True])
+def test_libtpu_without_a_tpu_is_left_alone(monkeypatch, tmp_path, chips):
+    import jax
+
+    before = jax.config.jax_platforms
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(cli, "ACCELERATORS", (str(tmp_path / "accel*"),))
+    if chips:
+        (tmp_path / "accel0").touch()
+    try:
+        cli.use_cpu_if_there_is_nothing_else()
+        # Without the package there is nothing to keep from complaining.
+        installed = importlib.util.find_spec("libtpu") is not None
+        wanted = "cpu" if installed and not chips else None
+        assert os.environ.get("JAX_PLATFORMS") == wanted
+        monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+        cli.use_cpu_if_there_is_nothing_else()
+        assert os.environ["JAX_PLATFORMS"] == "tpu,cpu"
+    finally:
+        jax.config.update("jax_platforms", before)
+        os.environ.pop("JAX_PLATFORMS", None)
 
 
 CONFIG = """
