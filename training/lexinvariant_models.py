@@ -109,12 +109,12 @@ _CODE = TextData("stdlib_code", train_split="train[:15%]")
 def _characters(data: TextData, table: str, **cipher: Any) -> LexinvariantModel:
     """A small model of characters, the same one for every table and cipher."""
     train = TrainConfig(
-        model=_model(2, 128, 4, context=512, table=table),
+        model=_model(2, 48, 2, context=512, table=table),
         optimizer=MuonConfig(learning_rate=5e-3, warmup_steps=100, weight_decay=0.01),
-        num_steps=4000,
+        num_steps=1500,
         batch_size=8,
         sequence_length=128,
-        log_every=100,
+        log_every=50,
         eval_every=500,
         checkpoint_every=250,
     )
@@ -160,7 +160,7 @@ RECIPES: dict[str, LexinvariantModel | ProbeModel] = {
     "prose_lexinvariant": _characters(_PROSE, "gaussian"),
     "prose_standard": _characters(_PROSE, "learned"),
     "prose_probe": ProbeModel(
-        "prose_lexinvariant", num_steps=1500, batch_size=8, sequence_length=128
+        "prose_lexinvariant", num_steps=500, batch_size=8, sequence_length=128
     ),
     "code_lexinvariant": _characters(_CODE, "gaussian"),
     "code_standard": _characters(_CODE, "learned"),

@@ -12,7 +12,7 @@ from each start; a fine-tuned variant takes the tables over; a BPE is rewritten 
 The default preset has the published hyperparameters for a checkpoint and tokenisers in local
 directories, and text that tfds has prepared (published: English text and code, weights 14 : 6,
 3.3 billion tokens; TPU pods). `:offline` is a model of 1 million parameters with 1024 tokens of
-Python code and a few thousand steps: **it shows mechanisms, not the paper's quality**. A transfer
+Python code and a few hundred steps: **it shows mechanisms, not the paper's quality**. A transfer
 alone is `python -m experiments.transfer_tokenizer`.
 """
 
@@ -105,18 +105,18 @@ def _offline(config: ConfigDict) -> None:
     )  # fmt: skip
     config.hypernetwork.recipe.sampler = ConfigDict(
         {
-            "batch_size": 16, "queue_batches": 16, "characters": 400, "stride": 2,
+            "batch_size": 8, "queue_batches": 16, "characters": 400, "stride": 2,
             "vocab_mean": 768.0, "vocab_min": 768, "vocab_max": 768, "longest_run": 8,
             "noise": True,
         }
     )  # fmt: skip
     config.hypernetwork.recipe.training = ConfigDict(
         {
-            "identity_steps": 200, "identity_tokens": 1024, "identity_rate": 3e-3, "steps": 2500,
-            "learning_rate": 1e-3, "warmup_steps": 100, "sequence_length": 64,
+            "identity_steps": 200, "identity_tokens": 1024, "identity_rate": 3e-3, "steps": 500,
+            "learning_rate": 6e-4, "warmup_steps": 50, "sequence_length": 64,
             "compute_dtype": "float32", "auxiliary_weight": 0.5, "eval_batches": 8,
-            "log_every": 50, "eval_every": 250,
-            "checkpoint_every": 250,
+            "log_every": 10, "eval_every": 100,
+            "checkpoint_every": 50,
         }
     )  # fmt: skip
     config.targets = (
@@ -155,9 +155,6 @@ def sweep() -> list[dict[str, Any]]:
         f"{inside}.training.identity_steps": 150,
         f"{inside}.training.steps": 200,
         f"{inside}.training.warmup_steps": 20,
-        f"{inside}.training.learning_rate": 6e-4,
-        f"{inside}.training.eval_every": 100,
-        f"{inside}.sampler.batch_size": 8,
     }
     return [
         {"name": "full", **shared},
