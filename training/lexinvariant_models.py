@@ -88,9 +88,8 @@ def _model(
 def _markov(table: str, steps: int, **cipher: Any) -> LexinvariantModel:
     """A language of six symbols. A plateau at ln 6 lasts for a thousand steps or more."""
     train = TrainConfig(
-        # Random vectors must be told apart: at a width of 32 the plateau lasts for all 6000 steps.
-        model=_model(2, 128, 4, context=64, table=table),
-        optimizer=MuonConfig(learning_rate=2e-2, warmup_steps=100, weight_decay=0.01),
+        model=_model(2, 32, 2, context=64, table=table),
+        optimizer=MuonConfig(learning_rate=1e-2, warmup_steps=100, weight_decay=0.01),
         num_steps=steps,
         batch_size=32,
         sequence_length=32,
@@ -151,7 +150,7 @@ _PUBLISHED = {
 }
 
 RECIPES: dict[str, LexinvariantModel | ProbeModel] = {
-    "markov_lexinvariant": _markov("gaussian", 4000),
+    "markov_lexinvariant": _markov("gaussian", 6000),
     "markov_standard": _markov("learned", 500),
     **{
         f"markov_semi_{percent:03d}": _markov("learned", 500, permuted=percent / 100)
