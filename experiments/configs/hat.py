@@ -109,6 +109,7 @@ def sweep() -> list[dict[str, Any]]:
     """The splitting rule and the sizes of words."""
     return [
         {"name": f"{rule}, at most {cap} bytes", "words.rule": rule, "words.max_word": cap,
-         "variants": ConfigDict(), "measurements": ("compare", "noise"), "training.num_steps": 500}
+         "variants": ConfigDict(), "measurements": ("compare", "noise"), "training.num_steps": 500,
+         "passages.tokens": 384}
         for rule, cap in (("unicode", 8), ("unicode", 16), ("whitespace", 16))
     ]  # fmt: skip
