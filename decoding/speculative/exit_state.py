@@ -71,10 +71,12 @@ def read(
     config: TransformerConfig,
     params: ModelParams,
     inner: ExitState,
+    tokens: jnp.ndarray,
     lengths: jnp.ndarray,
     streams: jnp.ndarray,
 ) -> ExitState:
-    """The adapter on prompts: streams [B, P, D] after the exit layer, lengths int [B]."""
+    """`Drafter.prefill`: the adapter on prompts' streams [B, P, D] after the exit layer."""
+    del tokens
 
     def part(first: jnp.ndarray, size: int, cache: kv.KVCache) -> kv.KVCache:
         x = jax.lax.dynamic_slice_in_dim(streams, first, size, axis=1)

@@ -44,16 +44,6 @@ def kangaroo_drafter(
       InputError: the exit leaves no layer above it.
     """
 
-    def read(
-        params: ModelParams,
-        inner: ExitState,
-        tokens: jnp.ndarray,
-        lengths: jnp.ndarray,
-        streams: jnp.ndarray,
-    ) -> ExitState:
-        del tokens
-        return exit_state.read(config, params, inner, lengths, streams)
-
     def begin(params: ModelParams, inner: ExitState, node: Node) -> tuple[jnp.ndarray, kv.KVCache]:
         return exit_state.at_pending(config, params, inner, node.stream[:, 0], node.position)
 
@@ -78,6 +68,7 @@ def kangaroo_drafter(
         return ExitState(kv.truncate(cache, held), carry)
 
     create = functools.partial(exit_state.create, config)
+    read = functools.partial(exit_state.read, config)
     reader = Reader((ROLE,), create, read, begin, further, observe)
     return first_layers.drafter(config, exit_layer, num_draft, threshold, sampling, purpose, reader)
 

@@ -76,16 +76,6 @@ def kangaroo_tree_drafter(
     ranking = SamplingConfig(temperature=1.0, repetition_penalty=sampling.repetition_penalty)
     least = jnp.log(jnp.float32(threshold))
 
-    def read(
-        params: ModelParams,
-        inner: ExitState,
-        tokens: jnp.ndarray,
-        lengths: jnp.ndarray,
-        streams: jnp.ndarray,
-    ) -> ExitState:
-        del tokens
-        return exit_state.read(config, params, inner, lengths, streams)
-
     def propose(params: ModelParams, inner: ExitState, state: DecodeState) -> Draft:
         base = state.inner.target.lengths  # where the pending token stands
         batch = len(base)
@@ -226,7 +216,7 @@ def kangaroo_tree_drafter(
         max_depth=depth,
         law=verification.DETERMINISTIC,
         init=functools.partial(exit_state.create, config),
-        prefill=read,
+        prefill=functools.partial(exit_state.read, config),
         propose=propose,
         observe=observe,
         counters=("shallow_calls", "layers_run"),
