@@ -1,6 +1,5 @@
 """Configs of FSPAD and PPD: what they name is there, and a comparison of both runs to its end."""
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -10,10 +9,8 @@ from decoding.speculative import prompt_trees
 from experiments import cli, comparison, prompt_tree_size, sweep, trained_parts
 from experiments.config_parts import comparison as base
 from experiments.config_parts import feature_head, medusa_heads, method, prompt_tokens
-from models import hf_checkpoint, transformer
-from tests.training.test_language_model import MODEL
+from tests.experiments import tiny_target
 from training import prompt_marginals
-from training import tokenizers as tokenizer_training
 
 
 def check(config):
@@ -42,20 +39,7 @@ def test_presets_and_sweeps_are_whole(name):
 def config(tmp_path, monkeypatch):
     """A target of random parameters, and parts that are trained for a step."""
     monkeypatch.setenv("TOKENLOOM_CACHE", str(tmp_path / "cache"))
-    text = [f"def f{i}(x):\n    return x + {i}\n" * 3 for i in range(40)]
-    backend = tokenizer_training.train_bpe(text, 300)
-    tokenizer_training.save(backend, tmp_path / "tokenizer")
-    model = MODEL.replace(vocab_size=backend.get_vocab_size(), max_position=96, eos_token_ids=(0,))
-    params = jax.jit(lambda key: transformer.init(model, key))(jax.random.key(0))
-    hf_checkpoint.save(tmp_path / "target", model, params, tokenizer_from=tmp_path / "tokenizer")
-    (tmp_path / "source").mkdir()
-    for number in range(60):
-        (tmp_path / "source" / f"m{number}.py").write_text(text[number % 40] * 4)
-    source = {"root": str(tmp_path / "source")}
-    recipe = {
-        "dataset_options": source, "num_steps": 1, "batch_size": 2, "sequence_length": 32,
-        "eval_batches": 1,
-    }  # fmt: skip
+    recipe = tiny_target.make(tmp_path, max_position=96)
     monkeypatch.setattr(
         prompt_marginals, "Validation",
         lambda: prompt_marginals_validation(prompts=2, prompt_tokens=16, new_tokens=8),
@@ -65,7 +49,7 @@ def config(tmp_path, monkeypatch):
     found = base("small")
     found.models = ConfigDict({"target": str(tmp_path / "target")})
     found.data.update(num_prompts=2, prompt_tokens=16)
-    found.data.builder_options = ConfigDict(source)
+    found.data.builder_options = ConfigDict(recipe["dataset_options"])
     found.decode.update(temperatures=(0.0,), max_new_tokens=8, repeats=1)
     found.parts = ConfigDict(
         {

@@ -2,37 +2,23 @@
 
 import json
 
-import jax
 import pytest
 
 from experiments import guess_accuracy, trained_parts
 from experiments.config_parts import chimera_heads, comparison, medusa_heads, method
 from experiments.configs import chimera
-from models import hf_checkpoint, transformer
+from models import hf_checkpoint
 from models.chimera_heads import ChimeraConfig, ChimeraHeads
 from models.errors import InputError
-from tests.training.test_language_model import MODEL
+from tests.experiments import tiny_target
 from training import target_features
-from training import tokenizers as tokenizer_training
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """A comparison of one head of either kind on a target of random parameters."""
     monkeypatch.setenv("TOKENLOOM_CACHE", str(tmp_path / "cache"))
-    text = [f"def f{i}(x):\n    return x + {i}\n" * 3 for i in range(40)]
-    backend = tokenizer_training.train_bpe(text, 300)
-    tokenizer_training.save(backend, tmp_path / "tokenizer")
-    model = MODEL.replace(vocab_size=backend.get_vocab_size(), max_position=64, eos_token_ids=(0,))
-    params = jax.jit(lambda key: transformer.init(model, key))(jax.random.key(0))
-    hf_checkpoint.save(tmp_path / "target", model, params, tokenizer_from=tmp_path / "tokenizer")
-    (tmp_path / "source").mkdir()
-    for number in range(60):
-        (tmp_path / "source" / f"m{number}.py").write_text(text[number % 40] * 4)
-    recipe = {
-        "dataset_options": {"root": str(tmp_path / "source")}, "num_steps": 1, "batch_size": 2,
-        "sequence_length": 32, "eval_batches": 1,
-    }  # fmt: skip
+    recipe = tiny_target.make(tmp_path, max_position=64)
     found = comparison("small")
     found.models.target = str(tmp_path / "target")
     found.parts = {
@@ -45,7 +31,7 @@ def config(tmp_path, monkeypatch):
         method("Chimera", "chimera", part="Chimera", heads=1),
     )
     found.guesses = {"better": "Chimera", "worse": "Medusa-1"}
-    return found, model
+    return found, hf_checkpoint.load_config(tmp_path / "target")
 
 
 def test_heads_are_trained_on_first_use_and_measured(config):
