@@ -11,7 +11,11 @@ import jinja2
 
 SWEEP_FILE = "sweep.json"
 TABLE_FILE = "sweep.csv"
-_METRICS = {"tokens_per_target_call": "tokens per target call", "speedup": "speed-up"}
+_METRICS = {
+    "tokens_per_target_call": "tokens per target call",
+    "layers_per_token": "layers run for a token",  # of methods that can leave layers out
+    "speedup": "speed-up",
+}
 ERROR = "tokens_per_target_call_error"
 # What a method that is not lossless gives away for speed; 'exact_match' where answers are known.
 QUALITY = {
@@ -63,10 +67,12 @@ def figures(collected: Mapping[str, Any]) -> list[dict[str, Any]]:
                 for r in collected["runs"]
                 if (r["temperature"], r["batch_size"]) == (temperature, batch)
             ]
-            labels = dict.fromkeys(r["label"] for r in runs)
-            series = []
-            for label in labels:
-                points = {r["setting"]: r[metric] for r in runs if r["label"] == label}
+            if not any(metric in r for r in runs):
+                continue
+            series = []  # one for every label, so that a label has one colour in all charts
+            for label in dict.fromkeys(r["label"] for r in runs):
+                mine = [r for r in runs if r["label"] == label and metric in r]
+                points = {r["setting"]: r[metric] for r in mine}
                 series.append({"label": label, "x": list(points), "y": list(points.values())})
             charts.append(
                 {

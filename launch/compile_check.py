@@ -85,6 +85,7 @@ _SEQUENCE_LENGTH = _integer(
 _REMAT = flags.DEFINE_bool(
     "remat", True, "Recompute blocks in the backward pass.", flag_values=FLAGS
 )
+_FSDP = _switch("fsdp", "Split training state over 'data' too.")
 _DTYPE = _text("dtype", "bfloat16", "Compute dtype of every program.")
 _SEARCH = _switch("search", "Try every mesh of the slice, with few layers.")
 _CURVE = _switch("curve", "As --search, for 1 to as many chips as the slice has; draws a plot.")
@@ -193,6 +194,7 @@ def _train_config(data: int, model: int) -> "TrainConfig":
         sequence_length=_SEQUENCE_LENGTH.value or min(2048, target.max_position),
         compute_dtype=_DTYPE.value,
         remat=_REMAT.value,
+        fsdp=_FSDP.value,
         mesh=(data, model),
     )
 

@@ -238,7 +238,7 @@ def training(config: TrainConfig, mesh: Mesh) -> Callable[[], Lowered]:
     if not config.model.causal:
         raise InputError("model.causal: False; the training step that is checked is left to right")
     state = jax.eval_shape(functools.partial(fitting.init, config))
-    state = on_mesh(state, sharding.tree_shardings(state, mesh))
+    state = on_mesh(state, sharding.tree_shardings(state, mesh, fsdp=config.fsdp))
     rows = sharding.batch_sharding(mesh)
     shape = (config.batch_size, config.sequence_length)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
@@ -251,11 +251,9 @@ def training(config: TrainConfig, mesh: Mesh) -> Callable[[], Lowered]:
 
     def train() -> Lowered:
         loss = functools.partial(language_model.loss_fn, config, None)
-        step = jax.jit(
-            functools.partial(fitting.update, config, loss),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
-        )
+        update = functools.partial(fitting.update, config, loss)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = fitting.compiled(config, update, mesh, shardings)
         return Lowered("train", step.lower(state, batch), held)
 
     return train

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from models import cache as kv
-from models import rope
+from models import placement, rope
 from models.attention import attend
 from models.config import GroupedExpertsConfig, TransformerConfig
 
@@ -78,6 +78,7 @@ class Dense(nn.Module):
         inputs = x.shape[x.ndim - self.contract :]
         init = self.kernel_init or _initializer(*range(self.contract))
         kernel = self.param("kernel", init, (*inputs, *self.features)).astype(x.dtype)
+        kernel = placement.gathered(kernel, *self.path, "kernel")
         axes = (tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract)))
         y = jax.lax.dot_general(
             x, kernel, (axes, ((), ())), preferred_element_type=self.result_dtype
@@ -166,6 +167,7 @@ class ExpertDense(nn.Module):
         """rows [R, D] in expert order, groups int32 [E] rows an expert -> [R, *features]."""
         shape = (self.num_experts, rows.shape[-1], *self.features)
         kernel = self.param("kernel", self.kernel_init or _initializer(1), shape).astype(rows.dtype)
+        kernel = placement.gathered(kernel, *self.path, "kernel")
         flat = kernel.reshape(*shape[:2], -1)
         return jax.lax.ragged_dot(rows, flat, groups).reshape(-1, *self.features)
 

@@ -1,11 +1,11 @@
-"""How parameters, caches and batches lie on a mesh of devices: one table.
+"""How parameters, caches and batches lie on a mesh of devices, by the table of `placement`.
 
 The mesh has two axes: 'data' splits the batch, 'model' splits heads, the feed-forward width and
 the vocabulary (Megatron-style tensor parallelism). Everything else follows from XLA's sharding
 propagation, so a decoding loop or a training step is the same code on one device and on many.
+Training may split parameters and optimiser state over 'data' as well (`tree_shardings`, `fsdp`).
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,24 +17,7 @@ from models import transformer
 from models.cache import KVCache
 from models.config import TransformerConfig
 from models.errors import InputError
-
-# First match wins. Paths are joined with '/', for example layers_3/attention/qkv/kernel.
-PARTITION_TABLE: tuple[tuple[str, P], ...] = (
-    (r"embedder/embedding$", P("model", None)),
-    (r"relative_bias/embedding$", P(None, "model", None)),
-    (r"attention/qkv/kernel$", P(None, "model", None, None)),
-    (r"attention/qkv/bias$", P("model", None, None)),
-    (r"attention/out/kernel$", P("model", None, None, None)),
-    (r"moe/gate_up/kernel$", P(None, None, None, "model")),
-    (r"moe/down/kernel$", P(None, "model", None)),
-    (r"mlp/gate_up/kernel$", P(None, None, "model")),
-    (r"mlp/gate_up/bias$", P(None, "model")),
-    (r"mlp/up/kernel$", P(None, "model")),
-    (r"mlp/up/bias$", P("model")),
-    (r"mlp/down/kernel$", P("model", None)),
-    (r"lm_head/kernel$", P(None, "model")),
-    (r".*", P()),
-)
+from models.placement import over_data, spec_for
 
 
 def make_mesh(
@@ -75,21 +58,25 @@ def make_mesh(
     )
 
 
-def spec_for(path: str) -> P:
-    """The table's entry for one parameter path."""
-    return next(spec for pattern, spec in PARTITION_TABLE if re.search(pattern, path))
-
-
 def path_string(path: tuple[Any, ...]) -> str:
     """A pytree key path as the table writes it."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
     """NamedShardings for any tree that contains parameters, such as an optimiser's state.
 
     Leaves are matched by the end of their path, so that moments lie as their parameters do.
-    Raises InputError naming the parameter whose axis the mesh does not divide.
+
+    Args:
+      tree: arrays or shapes.
+      mesh: where to.
+      fsdp: also split each matrix over 'data', along the largest axis that is whole and that it
+        divides; what has none stays whole (fully sharded data parallelism, ZeRO-3: Rajbhandari et
+        al. 2020). A step gathers each layer where it is used.
+
+    Raises:
+      InputError: names the parameter whose axis 'model' does not divide.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -103,7 +90,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
                     f"mesh: axis {split!r} of size {mesh.shape[split]} does not divide axis "
                     f"{axis} of {name} {tuple(shape)}"
                 )
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, over_data(spec, shape, mesh.shape["data"]) if fsdp else spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

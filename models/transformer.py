@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from models import masks, rope
+from models import masks, placement, rope
 from models.cache import KVCache
 from models.config import RelativeBiasConfig, TransformerConfig
 from models.layers import Block, Dense, Norm
@@ -62,7 +62,8 @@ class Embedder(nn.Module):
     def encode(self, inputs: jnp.ndarray, positions: jnp.ndarray) -> jnp.ndarray:
         config, dtype = self.config, self.config.compute_dtype
         if jnp.issubdtype(inputs.dtype, jnp.integer):
-            x = self.embedding[inputs].astype(dtype)
+            table = placement.gathered(self.embedding, *self.path, "embedding")
+            x = table[inputs].astype(dtype)
             if config.embedding_scale is not None:
                 x = x * jnp.asarray(config.embedding_scale, dtype)
         else:
@@ -74,7 +75,7 @@ class Embedder(nn.Module):
     def logits(self, x: jnp.ndarray) -> jnp.ndarray:
         return jax.lax.dot_general(
             x,
-            self.embedding.astype(x.dtype),
+            placement.gathered(self.embedding.astype(x.dtype), *self.path, "embedding"),
             (((x.ndim - 1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
@@ -133,7 +134,7 @@ class Transformer(nn.Module):
         for layer in range(start, stop):
             is_local = layer in local
             x, store = self.layers[layer](
-                x,
+                placement.split_rows(x),
                 local_angles if is_local else angles,
                 local_mask if is_local else mask,
                 (keys[layer], values[layer]) if cache is not None else None,
@@ -145,7 +146,7 @@ class Transformer(nn.Module):
             streams[layer + 1] = x
         if cache is not None:
             cache = cache.replace(keys=tuple(keys), values=tuple(values))
-        return x, cache, tuple(streams[layer] for layer in collect)
+        return placement.split_rows(x), cache, tuple(streams[layer] for layer in collect)
 
     def encode(self, inputs: jnp.ndarray, positions: jnp.ndarray) -> jnp.ndarray:
         return self.embedder.encode(inputs, positions)

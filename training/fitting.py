@@ -5,6 +5,7 @@ parameters and optimiser state lie as `models.sharding`'s table says, batches ar
 data axis, and XLA derives the rest.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -18,7 +19,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from models import distributed, sharding, transformer
+from models import distributed, placement, sharding, transformer
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 from training import loop, optimizers
@@ -70,6 +71,8 @@ class TrainConfig:
         float32 in both (mixed precision).
       remat: recompute each block in the backward pass: less memory for a third more work.
       mesh: devices along (data, model).
+      fsdp: split parameters and optimiser state over 'data' too, for models whose state no device
+        can hold; see `sharding.tree_shardings`.
       distillation: None to learn from the text alone (`language_model` only).
       log_every, eval_every, checkpoint_every: steps.
       keep_checkpoints: newest ones kept, beside the one of least evaluation loss.
@@ -86,6 +89,7 @@ class TrainConfig:
     compute_dtype: str = "float32"
     remat: bool = False
     mesh: tuple[int, int] = (1, 1)
+    fsdp: bool = False
     distillation: Distillation | None = None
     log_every: int = 10
     eval_every: int = 100
@@ -171,14 +175,14 @@ def fit(
     init_fn = functools.partial(init, config)
     given = () if initial_params is None else (initial_params,)
     template = jax.eval_shape(lambda *given: init_fn(*map(_copy, given)), *given)
-    shardings = sharding.tree_shardings(template, mesh)
+    shardings = sharding.tree_shardings(template, mesh, fsdp=config.fsdp)
     template = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         template,
         shardings,
     )
     first = jax.jit(init_fn, out_shardings=shardings)
-    step = jax.jit(update_fn, donate_argnums=0, out_shardings=(shardings, None))
+    step = compiled(config, update_fn, mesh, shardings)
     return loop.run(
         lambda state, batch: step(state, prepare(state, batch), frozen),
         lambda: first(*map(_copy, given)),
@@ -195,6 +199,16 @@ def fit(
         keep_checkpoints=config.keep_checkpoints,
         description=description,
     )
+
+
+def compiled(config: TrainConfig, update_fn: UpdateFn, mesh: Mesh, shardings: Any) -> Any:
+    """`update_fn` jitted; the state that it is given is donated, the new one lies as that did."""
+
+    def placed(state: Any, batch: DeviceBatch, frozen: Any = None) -> tuple[Any, loop.Metrics]:
+        with placement.traced_for(mesh) if config.fsdp else contextlib.nullcontext():
+            return update_fn(state, batch, frozen)
+
+    return jax.jit(placed, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def init(config: TrainConfig, params: Any = None) -> TrainState:

@@ -31,7 +31,7 @@ from training import checkpoints, metric_writers
 TERMINATED = 143
 
 # Fields of a run's config that say where it runs, which may change when it goes on.
-_LAYOUT = ("mesh", "run.devices")
+_LAYOUT = ("mesh", "fsdp", "run.devices")
 
 # Steps that are dispatched before the oldest must be done: enough to keep a device busy, few
 # enough that their batches fit in memory.

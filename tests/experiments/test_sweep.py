@@ -252,6 +252,16 @@ def test_quality_is_drawn_over_cost_where_a_method_gives_it_away():
     assert len(sweep_page.figures({"settings": ["FB=0.2"], "runs": lossless})) == 2
 
 
+def test_layers_are_drawn_where_some_method_leaves_any_out():
+    plain = run_record("a", "plain", 1.0, 1.0, keeps_law=True)
+    early = run_record("a", "exit", 1.0, 1.5, keeps_law=True) | {"layers_per_token": 5.5}
+    assert len(sweep_page.figures({"settings": ["a"], "runs": [plain]})) == 2
+    charts = sweep_page.figures({"settings": ["a"], "runs": [plain, early]})
+    (layers,) = [c for c in charts if c["y_label"] == "layers run for a token"]
+    drawn = {s["label"]: (s["x"], s["y"]) for s in layers["series"]}
+    assert drawn == {"plain": ([], []), "exit": (["a"], [5.5])}  # one colour in all charts
+
+
 def test_panels_are_drawn_with_one_legend(tmp_path):
     spec = {"title": "t", "x_label": "x", "y_label": "y", "x_scale": "log", "x_ticks": [8, 16]}
     spec["series"] = [{"label": "a", "x": [8, 16], "y": [1, 2]}, {"label": "b", "x": [8], "y": [1]}]

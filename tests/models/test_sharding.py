@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from models import cache as kv
-from models import sharding, transformer
+from models import placement, sharding, transformer
 from models.errors import InputError
 from tests.models.random_models import BASE, CASES, params
 
@@ -40,7 +40,7 @@ def paths(config) -> dict[str, jax.ShapeDtypeStruct]:
 @pytest.mark.parametrize("name", CASES)
 def test_every_parameter_is_split_on_the_intended_axis_or_meant_to_be_everywhere(name):
     for path, leaf in paths(CASES[name]).items():
-        spec = sharding.spec_for(path)
+        spec = placement.spec_for(path)
         named = [end for end in SPLIT_AXIS if path.endswith(end)]
         if named:
             assert len(spec) == leaf.ndim, path
@@ -55,7 +55,7 @@ def test_together_the_cases_reach_every_entry_of_the_table():
     seen = {end for config in CASES.values() for path in paths(config) for end in SPLIT_AXIS
             if path.endswith(end)}  # fmt: skip
     assert seen == set(SPLIT_AXIS)
-    assert len(sharding.PARTITION_TABLE) == len(SPLIT_AXIS) + 1
+    assert len(placement.PARTITION_TABLE) == len(SPLIT_AXIS) + 1
 
 
 @pytest.mark.parametrize(
@@ -111,3 +111,44 @@ def test_mesh_axes():
     mesh = sharding.make_mesh(2, 3)
     assert dict(mesh.shape) == {"data": 2, "model": 3}
     assert list(mesh.devices.flat) == jax.devices()[:6]
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "size", "found"),
+    [
+        (P(None, "model"), (8, 4), 2, P("data", "model")),
+        (P(None, None, "model"), (6, 2, 4), 2, P("data", None, "model")),  # the largest
+        (P(None, None, "model"), (6, 8, 4), 4, P(None, "data", "model")),  # the one that divides
+        (P("model", None), (4, 6), 4, P("model", None)),  # none does
+        (P(), (8, 4), 4, P("data", None)),
+        (P("model"), (8,), 2, P("model")),
+        (P(), (8,), 2, P()),  # vectors stay whole
+    ],
+)
+def test_fsdp_splits_the_largest_whole_axis_that_data_divides(spec, shape, size, found):
+    assert placement.over_data(spec, shape, size) == found
+
+
+def test_outside_of_a_mesh_placement_does_nothing():
+    x = jnp.ones((3, 2))
+    assert placement.split_rows(x) is x and placement.gathered(x, "mlp", "up", "kernel") is x
+
+
+@pytest.mark.parametrize("name", ["multi_head", "experts", "learned_positions"])
+def test_gradients_of_gathered_parameters_are_those_of_one_device(name):
+    config, mesh = CASES[name], sharding.make_mesh(4, 2)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 6)))
+
+    def loss(p, t):
+        return jnp.mean(jax.nn.log_softmax(transformer.apply(config, p, t, remat=True).logits) ** 2)
+
+    def on_mesh(p, t):
+        with placement.traced_for(mesh):
+            return jax.grad(loss)(p, t)
+
+    lies = sharding.tree_shardings(params(config), mesh, fsdp=True)
+    split = jax.device_put(params(config), lies)
+    rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
+    found = jax.jit(on_mesh, out_shardings=lies)(split, rows)
+    wanted = jax.jit(jax.grad(loss))(params(config), tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, wanted)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from scipy import special
 
-from models import transformer
+from models import sharding, transformer
 from models.config import TransformerConfig
 from models.errors import InputError
 from training import checkpoints, language_model, loop, losses, metric_writers, optimizers
@@ -205,6 +205,30 @@ def test_mesh_of_eight_devices_has_the_same_losses(run, tmp_path):
         assert array.addressable_shards[0].data.shape == (MODEL.mlp_dim // 4, MODEL.embed_dim)
     np.testing.assert_allclose(lines(tmp_path, "loss"), lines(workdir, "loss"), atol=1e-5)
     assert spread.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-5)
+
+
+def test_state_split_over_data_has_the_same_losses_and_goes_on_without_it(run, tmp_path):
+    workdir, result = run
+    split = dataclasses.replace(CONFIG, mesh=(4, 2), fsdp=True)
+
+    def stop(step):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(split, tmp_path, stop)
+    whole = train(dataclasses.replace(CONFIG, mesh=(2, 4)), tmp_path)  # from its checkpoint
+    np.testing.assert_allclose(lines(tmp_path, "loss"), lines(workdir, "loss"), atol=1e-5)
+    assert whole.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-5)
+
+
+def test_a_device_holds_its_part_of_state_split_over_data(tmp_path):
+    split = dataclasses.replace(CONFIG, mesh=(4, 2), fsdp=True, num_steps=1)
+    state = train(split, tmp_path).state
+    for tree in (state.params, state.opt_state[1][0].mu, state.opt_state[1][0].nu):
+        for path, array in jax.tree_util.tree_leaves_with_path(tree):
+            parts = array.size // array.addressable_shards[0].data.size
+            assert parts == (1 if array.ndim < 2 else 8), sharding.path_string(path)
 
 
 def test_sigterm_writes_a_checkpoint_and_exits(run, tmp_path):
