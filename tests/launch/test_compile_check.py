@@ -142,6 +142,25 @@ def test_the_training_step_holds_two_moments_and_reduces_gradients_over_rows():
 
 
 @needs_libtpu
+def test_split_state_is_gathered_for_both_passes_and_activations_stay():
+    config = TrainConfig(TINY, batch_size=4, sequence_length=16, remat=True, mesh=(4, 1), fsdp=True)
+    report = reports.compile_report(
+        programs.training(config, topologies.make_mesh("v5e:2x2", 4, 1))(), CHIP
+    )
+    whole = 4 * TINY.num_params()
+    assert report.held["parameters"] == pytest.approx(whole / 4, rel=0.02)  # norms stay whole
+    assert report.held["optimiser"] == pytest.approx(whole / 2, rel=0.02)
+    sent = {
+        kind: sum(one.payload for (found, _), one in report.costs.collectives.items()
+                  if found == kind)
+        for kind in ("all-gather", "all-to-all", "collective-permute")
+    }  # fmt: skip
+    blocks = TINY.num_params() - 2 * TINY.vocab_size * TINY.embed_dim
+    assert sent["all-gather"] + sent["collective-permute"] >= 2 * 2 * blocks  # twice, as bfloat16
+    assert sent["all-to-all"] <= 4 * 16 * TINY.embed_dim  # a device's rows of embeddings, once
+
+
+@needs_libtpu
 @pytest.mark.parametrize("flag", ["--search", "--curve"])
 def test_a_search_names_what_fits_best_and_is_written_whole(flag, tmp_path, capsys):
     run("--model=tiny_llama", "--topology=v5e:2x2", "--programs=decode", "--batch_sizes=2,4",
