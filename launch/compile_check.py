@@ -96,7 +96,7 @@ _MODEL_AXIS = flags.DEFINE_list(
     "model_axis", None, "Sizes of 'model' that a search tries; default all.", flag_values=FLAGS
 )
 _MERGE = flags.DEFINE_list(
-    "merge", None, "Work directories of --curve to draw together; compiles nothing.",
+    "merge", None, "Work directories of --curve, in one table and one plot; compiles nothing.",
     flag_values=FLAGS,
 )  # fmt: skip
 _JSON = _switch("json", "Print JSON in place of tables.")
@@ -295,41 +295,38 @@ def _searches(topology: str) -> "Iterator[tuple[str, str, list[Candidate]]]":
         slices = [f"{chips.slice_of(chip, n)}" for n in counts]
         config = _train_config(1, 1)
         parts = [mesh_search.training(config, one, models, batches) for one in slices]
-        yield "training step", "step", [one for part in parts for one in part]
+        label = "training step" + (", state split" if _FSDP.value else "")
+        yield label, "step", [one for part in parts for one in part]
 
 
 def _draw(searches: "Mapping[str, Mapping[str, Any]]") -> None:
     """Time and cost over chips, a row of the picture for rounds and one for steps."""
     from experiments import plots
-    from launch import mesh_search
+    from launch import curves
 
     specs = []
     for per in ("round", "step"):
-        curves = {
+        lines = {
             label: [one for one in found["candidates"] if one["best"]]
             for label, found in searches.items()
             if found["per"] == per
         }
-        if any(curves.values()):
-            specs += mesh_search.charts(curves, per)
+        if any(lines.values()):
+            specs += curves.charts(lines, per)
     if specs:
         Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
         plots.write_png(plots.panels(specs, own_legends=True), Path(_WORKDIR.value) / CHART)
 
 
 def _merge(directories: Sequence[str]) -> None:
-    """Draws recorded curves together, each with its model's name."""
+    """Draws recorded curves together and prints their tables, chips side by side."""
+    from launch import curves
+
     if _WORKDIR.value is None:
         raise InputError("workdir: missing; --merge writes its plot there")
-    searches = {}
-    for directory in directories:
-        path = Path(directory) / FILE
-        if not path.is_file():
-            raise InputError(f"merge: {directory!r} has no {FILE}; make it with --curve")
-        record = json.loads(path.read_text())
-        for label, found in record.get("searches", {}).items():
-            searches[f"{record['config']['model']}, {label}"] = found
+    searches = curves.read(directories, FILE)
     _draw(searches)
+    print(curves.tables(searches))
 
 
 def _integers(flag: flags.FlagHolder[Any], default: list[int]) -> list[int]:

@@ -10,7 +10,7 @@ training step is compiled on the slice itself.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from launch import chips, programs, reports, topologies
@@ -215,36 +215,6 @@ def table(found: Sequence[Candidate], per: str) -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def charts(curves: Mapping[str, Sequence[Mapping[str, Any]]], per: str) -> list[dict[str, Any]]:
-    """Specifications for `experiments.plots.panels`: time and cost over chips, a line a curve.
-
-    Args:
-      curves: records of candidates that fit (`record`), by label.
-      per: 'round' or 'step'.
-    """
-    sizes = sorted({one["chips"] for found in curves.values() for one in found})
-
-    def spec(title: str, label: str, value: str) -> dict[str, Any]:
-        series = [
-            {
-                "label": name,
-                "x": [one["chips"] for one in found],
-                "y": [1e3 * one[value] for one in found],
-            }
-            for name, found in curves.items()
-            if found
-        ]
-        return {
-            "title": title, "x_label": "chips", "y_label": label, "series": series,
-            "x_scale": "log", "y_scale": "log", "x_ticks": sizes,
-        }  # fmt: skip
-
-    return [
-        spec(f"Time of a {per}", f"ms a {per}", "seconds"),
-        spec("Cost", f"chip-ms a row and {per}", "chip_seconds_per_row"),
-    ]
 
 
 def record(one: Candidate, chosen: bool) -> dict[str, Any]:

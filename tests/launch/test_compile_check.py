@@ -174,7 +174,15 @@ def test_a_search_names_what_fits_best_and_is_written_whole(flag, tmp_path, caps
     assert {(one["data"], one["model"]) for one in found if one["chips"] == 4} == {(4, 1), (2, 2)}
     chart = tmp_path / compile_check.CHART
     assert chart.exists() is (flag == "--curve")
-    run(f"--merge={tmp_path}", f"--workdir={tmp_path / 'merged'}")
+    run(f"--merge={tmp_path},{tmp_path}", f"--workdir={tmp_path / 'merged'}")
+    _, table = capsys.readouterr().out.split("tiny_llama, autoregressive\n\n")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
+    assert lines[0][:4] == ["chips", "data x model", "rows of a part", "v5e: peak"]
+    meshes = [tuple(line[:3]) for line in lines[2:] if line]
+    assert len(meshes) == len(set(meshes)) == len(found)  # both directories have the same
+    for count in {one["chips"] for one in found}:
+        mine = [line[-1] for line in lines[2:] if line and line[0] == str(count)]
+        assert sum(cell.startswith("**") for cell in mine) == 1
     assert (tmp_path / "merged" / compile_check.CHART).stat().st_size > 10_000
 
 
