@@ -5,12 +5,11 @@ parameters and optimiser state lie as `models.sharding`'s table says, batches ar
 data axis, and XLA derives the rest.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,8 @@ from models import distributed, placement, sharding, transformer
 from models.config import TransformerConfig
 from models.errors import InputError, check_choice
 from training import loop, optimizers
+
+T = TypeVar("T")
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 Batch = Mapping[str, np.ndarray]
@@ -203,12 +204,21 @@ def fit(
 
 def compiled(config: TrainConfig, update_fn: UpdateFn, mesh: Mesh, shardings: Any) -> Any:
     """`update_fn` jitted; the state that it is given is donated, the new one lies as that did."""
+    update_fn = on_split_state(config, mesh, update_fn)
+    return jax.jit(update_fn, donate_argnums=0, out_shardings=(shardings, None))
 
-    def placed(state: Any, batch: DeviceBatch, frozen: Any = None) -> tuple[Any, loop.Metrics]:
-        with placement.traced_for(mesh) if config.fsdp else contextlib.nullcontext():
-            return update_fn(state, batch, frozen)
 
-    return jax.jit(placed, donate_argnums=0, out_shardings=(shardings, None))
+def on_split_state(config: TrainConfig, mesh: Mesh, function: Callable[..., T]) -> Callable[..., T]:
+    """A function of parameters, to be jitted: with `config.fsdp` layers gather what they use."""
+    if not config.fsdp:
+        return function
+
+    @functools.wraps(function)
+    def placed(*args: Any) -> T:
+        with placement.traced_for(mesh):
+            return function(*args)
+
+    return placed
 
 
 def init(config: TrainConfig, params: Any = None) -> TrainState:
