@@ -22,7 +22,7 @@ def read(directories: Iterable[str], file: str) -> dict[str, Search]:
     Raises:
       InputError: a directory without such a file.
     """
-    searches: dict[str, dict[str, Any]] = {}
+    searches: dict[str, Any] = {}
     for directory in directories:
         path = Path(directory) / file
         if not path.is_file():
