@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 # Okabe and Ito's palette: distinct for colour-blind readers too.
 COLOURS = (
@@ -182,9 +183,13 @@ def _draw_lines(axis: Axes, spec: Mapping[str, Any]) -> None:
         axis.set_xscale(spec["x_scale"])
     if "y_scale" in spec:
         axis.set_yscale(spec["y_scale"])
+        if spec["y_scale"] == "log":  # a decade alone would leave most charts with one tick
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.minorticks_off()
     if "x_ticks" in spec:
         axis.set_xticks(spec["x_ticks"], [str(tick) for tick in spec["x_ticks"]])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
     elif any(isinstance(x, str) and len(x) > 6 for series in spec["series"] for x in series["x"]):
         axis.tick_params(axis="x", rotation=30, labelsize=8)
         for text in axis.get_xticklabels():

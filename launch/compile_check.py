@@ -300,22 +300,13 @@ def _searches(topology: str) -> "Iterator[tuple[str, str, list[Candidate]]]":
 
 
 def _draw(searches: "Mapping[str, Mapping[str, Any]]") -> None:
-    """Time and cost over chips, a row of the picture for rounds and one for steps."""
+    """Time and cost over chips, a row of the picture for each workload."""
     from experiments import plots
     from launch import curves
 
-    specs = []
-    for per in ("round", "step"):
-        lines = {
-            label: [one for one in found["candidates"] if one["best"]]
-            for label, found in searches.items()
-            if found["per"] == per
-        }
-        if any(lines.values()):
-            specs += curves.charts(lines, per)
-    if specs:
+    if specs := curves.charts(searches):
         Path(_WORKDIR.value).mkdir(parents=True, exist_ok=True)
-        plots.write_png(plots.panels(specs, own_legends=True), Path(_WORKDIR.value) / CHART)
+        plots.write_png(plots.panels(specs), Path(_WORKDIR.value) / CHART)
 
 
 def _merge(directories: Sequence[str]) -> None:

@@ -60,11 +60,17 @@ def tables(searches: Mapping[str, Search]) -> str:
 
     The best mesh of each number of chips is in bold.
     """
+    workloads = _by_workload(searches)
+    return "\n".join(f"{name}\n\n{_table(mine)}\n" for name, mine in workloads.items())
+
+
+def _by_workload(searches: Mapping[str, Search]) -> dict[str, dict[str, Search]]:
+    """Searches by chip, for each workload."""
     workloads: dict[str, dict[str, Search]] = {}
     for label, found in searches.items():
         workload, _, chip = label.rpartition(", ")
         workloads.setdefault(workload, {})[chip] = found
-    return "\n".join(f"{name}\n\n{_table(mine)}\n" for name, mine in workloads.items())
+    return workloads
 
 
 def _table(by_chip: Mapping[str, Search]) -> str:
@@ -107,31 +113,43 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def charts(curves: Mapping[str, Sequence[Mapping[str, Any]]], per: str) -> list[dict[str, Any]]:
-    """Specifications for `experiments.plots.panels`: time and cost over chips, a line a curve.
+def charts(searches: Mapping[str, Search]) -> list[dict[str, Any]]:
+    """Specifications for `experiments.plots.panels`: for each workload time and cost over chips.
 
-    Args:
-      curves: records of candidates that fit (`record`), by label.
-      per: 'round' or 'step'.
+    A line is the best mesh of each number of chips of one kind; what fits nowhere has none.
     """
-    sizes = sorted({one["chips"] for found in curves.values() for one in found})
+    specs = []
+    workloads = _by_workload(searches)
+    chips = dict.fromkeys(chip for mine in workloads.values() for chip in mine)
+    for name, mine in workloads.items():
+        # All chips in all charts, so that each has one colour.
+        best: dict[str, list[Any]] = {chip: [] for chip in chips}
+        for chip, found in mine.items():
+            best[chip] = [one for one in found["candidates"] if one["best"]]
+        per = next(iter(mine.values()))["per"]
+        if any(best.values()):
+            specs += [
+                _chart(f"{name}: time", f"ms a {per}", "seconds", best),
+                _chart(f"{name}: cost", f"chip-ms a row and {per}", "chip_seconds_per_row", best),
+            ]
+    return specs
 
-    def spec(title: str, label: str, value: str) -> dict[str, Any]:
-        series = [
-            {
-                "label": name,
-                "x": [one["chips"] for one in found],
-                "y": [1e3 * one[value] for one in found],
-            }
-            for name, found in curves.items()
-            if found
-        ]
-        return {
-            "title": title, "x_label": "chips", "y_label": label, "series": series,
-            "x_scale": "log", "y_scale": "log", "x_ticks": sizes,
-        }  # fmt: skip
 
-    return [
-        spec(f"Time of a {per}", f"ms a {per}", "seconds"),
-        spec("Cost", f"chip-ms a row and {per}", "chip_seconds_per_row"),
+def _chart(
+    title: str, label: str, value: str, best: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    sizes = sorted({one["chips"] for found in best.values() for one in found})
+    series = [
+        {
+            "label": chip,
+            "x": [one["chips"] for one in found],
+            "y": [1e3 * one[value] for one in found],
+        }
+        for chip, found in best.items()
     ]
+    values = [y for line in series for y in line["y"]]
+    scale = "log" if max(values) > 5 * min(values) else "linear"
+    return {
+        "title": title, "x_label": "chips", "y_label": label, "series": series,
+        "x_scale": "log", "y_scale": scale, "x_ticks": sizes,
+    }  # fmt: skip
