@@ -44,8 +44,17 @@ def cached(final: pathlib.Path, make: Callable[[pathlib.Path, pathlib.Path], Non
 
 
 def digest(described: Mapping[str, Any]) -> str:
-    """A name for what `described`, anything JSON can hold, says."""
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    """A name for what `described`, anything JSON can hold, says.
+
+    Whether state is split over devices (`TrainConfig.fsdp`) is no part of it.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: kept(inner) for name, inner in value.items() if name != "fsdp"}
+        return [kept(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    return hashlib.sha256(json.dumps(kept(described), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def content_hash(directory: pathlib.Path) -> str:

@@ -201,3 +201,12 @@ def test_bad_names_and_fields_are_named(tmp_path, name, overrides, message):
     with pytest.raises(InputError, match=message):
         base_models.ensure(name, cache_dir=tmp_path, overrides=overrides)
     assert not (tmp_path / "models").exists()
+
+
+def test_how_state_lies_on_devices_does_not_make_another_model():
+    described = {"recipe": {"train": {"num_steps": 3, "fsdp": True}}, "steps": (1, 2)}
+    whole = {"recipe": {"train": {"num_steps": 3, "fsdp": False}}, "steps": [1, 2]}
+    older = {"recipe": {"train": {"num_steps": 3}}, "steps": [1, 2]}
+    other = {"recipe": {"train": {"num_steps": 4}}, "steps": [1, 2]}
+    names = [base_models.artifacts.digest(one) for one in (described, whole, older, other)]
+    assert names[0] == names[1] == names[2] != names[3]
