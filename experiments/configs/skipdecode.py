@@ -36,9 +36,9 @@ def get_config(preset: str = "") -> ConfigDict:
     if not preset:
         return _published(config)
     config.data.update(
-        dataset="slot_sentences", prompt_field="question", answer_field="solution", num_prompts=16
+        dataset="slot_sentences", prompt_field="question", answer_field="solution", num_prompts=48
     )
-    config.decode.update(max_new_tokens=64, repeats=1)
+    config.decode.update(max_new_tokens=64, repeats=2)
     schedules = {
         **{f"SkipDecode, {n} layers": _schedule(*pair) for n, pair in SCHEDULES.items()},
         "early termination, 4 layers": _schedule(5, 3, place="bottom"),
@@ -130,7 +130,7 @@ def _published(config: ConfigDict) -> ConfigDict:
 def copy(kind: str, settings: dict[str, Any] | None = None) -> ConfigDict:
     """The embedded model, fine-tuned on the same sentences for what it will run."""
     return fine_tuned(
-        kind, "slots_deep", settings, dataset="slot_sentences", loss_on="response", num_steps=80,
+        kind, "slots_deep", settings, dataset="slot_sentences", loss_on="response", num_steps=320,
         batch_size=4, sequence_length=128, eval_batches=4,
         optimizer={"kind": "muon", "learning_rate": 2e-3, "warmup_steps": 10},
     )  # fmt: skip
