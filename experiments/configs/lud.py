@@ -8,7 +8,8 @@ placeholders among it; compared are thresholds of confidence, what the copy was 
 repetition control, and the verified form, with plain decoding of the same copy and n-gram lookup.
 The default preset trains a LLaMA-13B of your own on text of your own (the paper's settings are not
 public: window 5, confidence 0.9, learning rate 2e-5 are this project's); `:offline` is the embedded
-model of Python code.
+model of Python code, which is seldom sure; `:slots` one of sentences that say what is given, which
+nearly always is.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from experiments.config_parts import claim, comparison, fine_tuned, method
 from models.errors import check_choice
 
-PRESETS = ("", "offline")
+PRESETS = ("", "offline", "slots")
 WINDOW = 5
 THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.99)
 CONFIDENCES = (0.5, 0.9, 0.99)
@@ -50,15 +51,22 @@ def get_config(preset: str = "") -> ConfigDict:
             *(_lud(f"threshold {beta:g}", beta, pad_id=2) for beta in THRESHOLDS),
         )
         return config
+    if preset == "slots":
+        make, before = slots_copy, "slots_deep"
+        config.data.update(dataset="slot_sentences", prompt_field="question", num_prompts=24)
+        config.data.answer_field = "solution"
+        config.decode.stop_at_eos = True
+    else:
+        make, before = copy, "code_deep"
+        config.data.update(num_prompts=12, prompt_tokens=48)
     config.models = ConfigDict(
         {
-            "target": copy(),
-            "before": "code_deep",
-            "units": copy(at_units=1.0),
-            "anywhere": copy(at_units=0.0),
+            "target": make(),
+            "before": before,
+            "units": make(at_units=1.0),
+            "anywhere": make(at_units=0.0),
         }
     )
-    config.data.update(num_prompts=12, prompt_tokens=48)
     config.decode.update(max_new_tokens=64)
     config.decode.methods = (
         *_plain(),
@@ -71,11 +79,12 @@ def get_config(preset: str = "") -> ConfigDict:
         _lud("trained anywhere alone", 0.5, role="anywhere"),
         method("verified", "lud", window=WINDOW, verify=True),
     )
-    config.analyses = ("lexical units",)
+    config.analyses = () if preset == "slots" else ("lexical units",)
     calls, own = "tokens_per_target_call", "own_choices"
     zero: dict[str, Any] = {"temperature": 0.0}
     config.claims = (
-        claim("threshold 0.9", calls, 1.05, **zero),
+        # Published: a quarter to a third fewer calls, on text that the model knows.
+        claim("threshold 0.9", calls, 1.33 if preset == "slots" else 1.05, **zero),
         claim("threshold 0.5", calls, 1.0, over="threshold 0.9", **zero),
         claim("threshold 0.9", own, 1.0, over="threshold 0.5", **zero),
         claim("threshold 0.9", own, 0.97, **zero),
@@ -94,6 +103,16 @@ def copy(**units: Any) -> ConfigDict:
     settings = {"window": WINDOW, "pad_id": 0, **units}
     return fine_tuned(
         "lexical_units", "code_deep", settings, num_steps=200, batch_size=4,
+        optimizer={"kind": "muon", "learning_rate": 1e-3, "warmup_steps": 20},
+    )  # fmt: skip
+
+
+def slots_copy(**units: Any) -> ConfigDict:
+    """The same of the model of sentences, learning at answers alone."""
+    settings = {"window": WINDOW, "pad_id": 0, **units}
+    return fine_tuned(
+        "lexical_units", "slots_deep", settings, dataset="slot_sentences", loss_on="response",
+        num_steps=400, batch_size=4, sequence_length=128, eval_batches=4,
         optimizer={"kind": "muon", "learning_rate": 1e-3, "warmup_steps": 20},
     )  # fmt: skip
 
