@@ -21,7 +21,7 @@ ERROR = "tokens_per_target_call_error"
 QUALITY = {
     "exact_match": "exact match",
     "accuracy": "class accuracy",
-    "own_choices": "tokens as the model's own choice",
+    "own_choices": "the model's own choices",
     "agreement": "tokens as plain decoding",
 }
 
