@@ -12,6 +12,7 @@ import functools
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,9 +41,10 @@ class Validation:
     """Texts on which marginals are measured.
 
     Attributes:
-      prompts: windows of validation documents, a document each.
-      prompt_tokens: of a window.
-      new_tokens: that the target writes behind each, greedily.
+      prompts: windows of validation documents, a document each; of what has answers, questions.
+      prompt_tokens: of a window; questions are whole, of the length that is commonest.
+      new_tokens: that the target writes behind each, greedily; behind questions half as many, so
+        that most answers have not ended.
       candidates: K, length of a list.
     """
 
@@ -140,7 +142,10 @@ def validation_prompts(
     tokenizer = Tokenizer.from_directory(source.directory, model)
     found: list[list[int]] = []
     examples = source.examples["validation"]
-    for index in np.random.default_rng(0).permutation(len(examples)):
+    order = np.random.default_rng(0).permutation(len(examples))
+    if recipe.loss_on == "response":
+        return model, params, _questions(examples, order, tokenizer, validation.prompts)
+    for index in order:
         ids = tokenizer.encode(examples[int(index)]["text"])
         if len(ids) > 2 * validation.prompt_tokens:
             found.append(ids[validation.prompt_tokens : 2 * validation.prompt_tokens])
@@ -150,6 +155,20 @@ def validation_prompts(
         f"validation.prompts: {validation.prompts} wanted, {len(found)} documents are longer than "
         f"{2 * validation.prompt_tokens} tokens"
     )
+
+
+def _questions(
+    examples: Sequence[Mapping[str, Any]], order: np.ndarray, tokenizer: Tokenizer, count: int
+) -> list[list[int]]:
+    """Whole questions of one length, of which there are the most."""
+    by_length: dict[int, list[list[int]]] = {}
+    for index in order:
+        ids = tokenizer.encode(examples[int(index)]["question"])
+        by_length.setdefault(len(ids), []).append(ids)
+    most = max(by_length.values(), key=len)
+    if len(most) < count:
+        raise InputError(f"validation.prompts: {count} wanted, {len(most)} are of one length")
+    return most[:count]
 
 
 def ensure(
@@ -184,8 +203,9 @@ def ensure(
     def make(work: pathlib.Path, result: pathlib.Path) -> None:
         del work
         model, target_params, prompts = validation_prompts(recipe, validation, cache)
-        texts = greedy_texts(model, target_params, prompts, validation.new_tokens)
-        cut = places(validation.prompt_tokens, texts.shape[1], config.distances)
+        new_tokens = validation.new_tokens // (2 if recipe.loss_on == "response" else 1)
+        texts = greedy_texts(model, target_params, prompts, new_tokens)
+        cut = places(len(prompts[0]), texts.shape[1], config.distances)
         params = prompt_tokens.load(trained, model)[1]
         rank = measure(config, model, params, target_params, texts, cut)
         with checkpoints.disk_errors("cannot write the marginals", result):

@@ -7,7 +7,8 @@ Compares exit layers, thresholds of the second exit, kinds of adapters, and a tr
 decoding and n-gram lookup. The default preset has the published settings for a Vicuna-7B of your
 own (exit after 2 of 32 layers, at most 6 drafts, threshold 0.6) and trains its adapter on text of
 your own as published (AdamW, learning rate 5e-5); `:offline` is an embedded model of 8 layers on
-Python code, whose adapters train in a minute or two each.
+Python code, whose adapters train in a minute or two each; `:slots` one of sentences that say what
+is given, text that the model knows far better, at more exits.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from experiments.config_parts import claim, comparison, exit_adapter, method
 from models.errors import check_choice
 
-PRESETS = ("", "offline")
+PRESETS = ("", "offline", "slots")
 DRAFTS = 6
 THRESHOLDS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
 LAYERS = (1, 2, 4)
@@ -46,6 +47,8 @@ def get_config(preset: str = "") -> ConfigDict:
             _kangaroo("Kangaroo", 2),
         )
         return config
+    if preset == "slots":
+        return _slots(config)
     config.models = ConfigDict({"target": "code_deep"})
     config.parts = ConfigDict(
         {
@@ -73,6 +76,39 @@ def get_config(preset: str = "") -> ConfigDict:
         claim("tree", calls, 1.0, over="exit 2", **zero),
         claim("exit 2", calls, 1.0, over=_NAMES["mlp"], **zero),
         claim("exit 2", calls, 1.1, over=_NAMES["norm"], **zero),
+        claim("exit 2", "speedup", 1.0, **zero),
+    )
+    return config
+
+
+def _slots(config: ConfigDict) -> ConfigDict:
+    """Exits and thresholds on text that is nearly sure: what is accepted no longer decides."""
+    layers = (1, 2, 3, 4, 6)
+    config.models = ConfigDict({"target": "slots_deep"})
+    config.data.update(
+        dataset="slot_sentences", prompt_field="question", answer_field="solution", num_prompts=24
+    )
+    config.decode.update(temperatures=(0.0,), max_new_tokens=64, stop_at_eos=True)
+    text: dict[str, Any] = {
+        "dataset": "slot_sentences", "loss_on": "response", "sequence_length": 128,
+        "num_steps": 400, "eval_batches": 4,
+    }  # fmt: skip
+    config.parts = ConfigDict({_part(layer): exit_adapter(layer, **text) for layer in layers})
+    config.decode.methods = (
+        method("plain", "autoregressive"),
+        method("prompt lookup", "prompt_lookup"),
+        *(_kangaroo(f"exit {layer}", layer) for layer in layers),
+        *(_kangaroo(f"threshold {eta:g}", 2, eta) for eta in THRESHOLDS if eta != 0.6),
+        _kangaroo("tree", 2, 0.1, width=4, num_draft=4),
+    )
+    zero: dict[str, Any] = {"temperature": 0.0}
+    calls, layers_run = "tokens_per_target_call", "layers_per_token"
+    config.claims = (
+        claim("exit 2", calls, 1.3, **zero),
+        claim("exit 6", calls, 1.0, over="exit 1", **zero),
+        # An exit in between runs fewer layers than both ends, and so does a threshold.
+        *(claim(f"exit {end}", layers_run, 1.0, over="exit 2", **zero) for end in (1, 6)),
+        *(claim(f"threshold {eta}", layers_run, 1.0, over="exit 2", **zero) for eta in (0, 0.9)),
         claim("exit 2", "speedup", 1.0, **zero),
     )
     return config

@@ -8,7 +8,8 @@ random), in a chain, and in the size that a latency curve of this machine choose
 token, four, and one that does not see those before it; Medusa's heads and n-gram lookup. The
 default preset has the published training (learning rate 0.01, decay 0.8, rows of 1024) and trees
 (limit 105) for a Vicuna-7B and text of your own; `:offline` is an embedded model of 8 layers on
-Python code. The sweep is over sizes of trees.
+Python code, `:slots` one of sentences that say what is given, which can be foretold further ahead.
+The sweep is over sizes of trees.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from experiments.config_parts import claim, comparison, medusa_heads, method, prompt_tokens
 from models.errors import check_choice
 
-PRESETS = ("", "offline")
+PRESETS = ("", "offline", "slots")
 LIMIT = 32  # where shapes of trees are compared
 SHAPES = ("dynamic", "uniform", "random", "chain")
 LIMITS = (8, 16, 32, 64, 96)
@@ -55,13 +56,23 @@ def get_config(preset: str = "") -> ConfigDict:
     text = {
         "num_steps": _STEPS, "sequence_length": 128, "batch_size": 2, "optimizer": training
     }  # fmt: skip
+    medusa: dict[str, Any] = {"num_steps": 600, "sequence_length": 128}
+    if preset == "slots":
+        answers = {"dataset": "slot_sentences", "loss_on": "response"}
+        text, medusa = text | answers, medusa | answers
+        config.models.target = "slots_deep"
+        config.data.update(
+            dataset="slot_sentences", prompt_field="question", answer_field="solution",
+            num_prompts=24,
+        )  # fmt: skip
+        config.decode.update(max_new_tokens=64, stop_at_eos=True)
     many: dict[str, Any] = {"cuts": 32}
     config.parts = ConfigDict(
         {
             "prompt tokens": prompt_tokens(many, text),
             "4 embeddings each": prompt_tokens(many, text, ensemble=4),
             "independent": prompt_tokens(many, text, mask="independent"),
-            "Medusa": medusa_heads({"num_steps": 600, "sequence_length": 128}),
+            "Medusa": medusa_heads(medusa),
         }
     )
     config.decode.methods = (
