@@ -113,7 +113,7 @@ def trade_offs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             )
         charts.append(
             {
-                "title": f"{QUALITY[quality]} over {title}",
+                "title": f"{QUALITY[quality]} over {title.partition(' (')[0]}",
                 "x_label": title,
                 "y_label": QUALITY[quality],
                 "series": series,

@@ -8,7 +8,8 @@ leaving with the model's own stream at as many layers; drafting for the layers a
 Kangaroo; and loading experts ahead of time, by a model's own routing and simulated memory. The
 default preset is for a 7B of your own; the paper's body could not be read, so that its settings
 (J = 4, aim at the last layer, ranks D / 16 and D / 8) are inferred. `:offline` is an embedded model
-of 8 layers on Python code, whose adapters train in a few minutes, and one of 16 experts.
+of 8 layers on Python code, whose adapters train in a few minutes, and one of 16 experts; `:slots`
+has sentences that say what is given, of which early exits leave something that can be scored.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from experiments.config_parts import accelerator, claim, comparison, exit_adapter, method
 from models.errors import check_choice
 
-PRESETS = ("", "offline")
+PRESETS = ("", "offline", "slots")
 AIM, SLOWER = "to the last layer", "rate 2"
 DRAFTS = 6
 # Of models this small; the default is for wide ones.
@@ -48,6 +49,8 @@ def get_config(preset: str = "") -> ConfigDict:
             _exit("exit, ARLA 0.9", router="arla", threshold=0.9),
         )
         return config
+    if preset == "slots":
+        return _slots(config)
     config.models = ConfigDict({"target": "code_deep"})
     config.data.num_prompts = 12
     config.parts = ConfigDict(
@@ -66,12 +69,7 @@ def get_config(preset: str = "") -> ConfigDict:
         _speculation("self-speculation"),
         _speculation("self-speculation, rate 2", part=SLOWER),
         _speculation("self-speculation, own stream", part="", stream="slow"),
-        *(
-            _exit(f"{2 * gate} layers, {name}", part=part, stream=stream, router="fixed",
-                  exit_gate=gate)
-            for gate in (1, 2, 3)
-            for name, part, stream in (("M2R2", AIM, "accelerated"), ("own stream", "", "slow"))
-        ),
+        *_fixed_exits(),
         *(_exit(f"ARLA {theta:g}", router="arla", threshold=theta) for theta in (0.5, 0.7, 0.9)),
         _exit("ARLA 0.7, exact keys", router="arla", threshold=0.7, keys="exact"),
         *(
@@ -101,13 +99,75 @@ def get_config(preset: str = "") -> ConfigDict:
         claim("self-speculation", at_least=1.0, over="self-speculation, own stream", **calls),
         claim("self-speculation", at_least=1.0, over="self-speculation, rate 2", **calls),
         claim("self-speculation", at_least=1.0, over="Kangaroo", **calls),
-        *(
-            claim(f"{n} layers, M2R2", at_least=1.0, over=f"{n} layers, own stream", **same)
-            for n in (2, 4, 6)
-        ),
+        *_ahead(),
         claim("ARLA 0.9", at_least=0.9, **same),
     )
     return config
+
+
+def _slots(config: ConfigDict) -> ConfigDict:
+    """The same streams at equal layers, and drafts, on text that the model knows."""
+    config.models = ConfigDict({"target": "slots_deep"})
+    config.data.update(
+        dataset="slot_sentences", prompt_field="question", answer_field="solution", num_prompts=24
+    )
+    config.quality = ConfigDict({"own_choices": False, "judge": "target"})
+    config.decode.update(temperatures=(0.0,), max_new_tokens=64, stop_at_eos=True)
+    recipe = {
+        **_RECIPE, "dataset": "slot_sentences", "loss_on": "response", "sequence_length": 128,
+        "eval_batches": 4,
+    }  # fmt: skip
+    config.parts = ConfigDict({AIM: accelerator(recipe=recipe, intervals=4, router_width=_ROUTER)})
+    config.decode.methods = (
+        method("plain", "autoregressive"),
+        _speculation("self-speculation"),
+        _speculation("self-speculation, own stream", part="", stream="slow"),
+        *_fixed_exits(),
+        *(_exit(f"ARLA {theta:g}", router="arla", threshold=theta) for theta in (0.7, 0.9)),
+        *(
+            _exit(f"confidence {theta:g}, {name}", part=part, stream=stream, router="confidence",
+                  threshold=theta)
+            for theta in (0.7, 0.9)
+            for name, part, stream in _STREAMS
+        ),
+    )  # fmt: skip
+    zero: dict[str, Any] = {"temperature": 0.0}
+    config.claims = (
+        claim(
+            "self-speculation", "tokens_per_target_call", 1.0, over="self-speculation, own stream",
+            **zero,
+        ),
+        *_ahead(),
+        *(
+            claim(f"{n} layers, M2R2", "rouge_l", 1.0, over=f"{n} layers, own stream", **zero)
+            for n in (2, 4, 6)
+        ),
+    )  # fmt: skip
+    return config
+
+
+# What leaves the model: label, its part, the stream that is read.
+_STREAMS = (("M2R2", AIM, "accelerated"), ("own stream", "", "slow"))
+
+
+def _fixed_exits() -> tuple[ConfigDict, ...]:
+    return tuple(
+        _exit(
+            f"{2 * gate} layers, {name}", part=part, stream=stream, router="fixed", exit_gate=gate
+        )
+        for gate in (1, 2, 3)
+        for name, part, stream in _STREAMS
+    )
+
+
+def _ahead() -> tuple[ConfigDict, ...]:
+    """At as many layers the accelerated stream keeps more of plain decoding's text."""
+    return tuple(
+        claim(
+            f"{n} layers, M2R2", "agreement", 1.0, temperature=0.0, over=f"{n} layers, own stream"
+        )
+        for n in (2, 4, 6)
+    )
 
 
 def _speculation(label: str, part: str = AIM, **options: Any) -> ConfigDict:
