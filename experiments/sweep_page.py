@@ -97,7 +97,7 @@ def trade_offs(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     quality = next(name for name in QUALITY if all(name in r for r in runs))
     costs = {
         "target calls a token": lambda r: (
-            1 / r["tokens_per_target_call"] if r.get("role", "target") == "target" else 0.0
+            0.0 if r.get("role") == "draft" else 1 / r["tokens_per_target_call"]
         ),
         "time a token (plain decoding: 1)": lambda r: 1 / r["speedup"],
     }
