@@ -50,6 +50,9 @@ reproduce: $(STAMP)
 	for slug in $(SYSTEMS); do \
 	  $(BIN)/python -m experiments.run --config=experiments/configs/$$slug.py:offline --workdir=runs/reproduce/$$slug --fresh || exit 1; \
 	done
+	for slug in kangaroo lud m2r2 ppd; do \
+	  $(BIN)/python -m experiments.run --config=experiments/configs/$$slug.py:slots --workdir=runs/reproduce/$${slug}_slots --fresh || exit 1; \
+	done
 	$(BIN)/python -m experiments.benchmark --suite=trees --workdir=runs/reproduce/trees
 	$(BIN)/python -m experiments.benchmark --suite=diffusion --workdir=runs/reproduce/diffusion
 	$(BIN)/python -m experiments.benchmark --suite=tokens --workdir=runs/reproduce/tokens
