@@ -83,8 +83,9 @@ def loss(
 ) -> tuple[jax.Array, loop.Metrics]:
     """KL of the target's own distributions from those of the prompt tokens, decayed by distance.
 
-    A cut in padding does not count, nor what lies beyond the model's last position; with targets
-    from data, nor does a distance that leaves its document. Metrics: `agreement_k`, how often the
+    A cut in padding does not count, nor one in a prompt that no loss is taken on, nor what lies
+    beyond the model's last position; with targets from data, nor does a distance that leaves its
+    document. Metrics: `agreement_k`, how often the
     k-th prompt token's likeliest token is the target's.
     """
     frozen = jax.lax.stop_gradient(target_params)
@@ -150,9 +151,10 @@ def _greedy(
         _, hidden = branches.hidden(model, target_params, batch, cut, soft)
         logits = transformer.unembed(model, target_params, hidden[:, :, -1])
         found.append(logits)
-    counts = (_at(batch["segment_ids"], cut) != 0) & (
-        _at(batch["positions"], cut) + n < model.max_position
-    )
+    segment = batch["segment_ids"]
+    ends = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    asked = (segment != 0) & ((batch["loss_mask"] > 0) | ends)
+    counts = _at(asked, cut) & (_at(batch["positions"], cut) + n < model.max_position)
     counts = jnp.broadcast_to(counts[:, :, None], (*cut.shape, n)).astype(jnp.float32)
     return jax.lax.stop_gradient(jnp.stack(found, axis=2)), counts
 

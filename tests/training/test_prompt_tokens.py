@@ -75,8 +75,10 @@ def greedy(text, steps):
     return np.stack(found[1:])
 
 
-def test_the_loss_is_the_decayed_divergence_from_the_targets_greedy_continuation():
+@pytest.mark.parametrize("prompt", [0, 6])
+def test_the_loss_is_the_decayed_divergence_from_the_targets_greedy_continuation(prompt):
     batch, objective = make_batch(3), Objective(cuts=2)
+    batch["loss_mask"][:, :prompt] = 0  # nothing is asked there, but at the end of a document
     placed = {name: jnp.asarray(value) for name, value in batch.items()}
     features = jax.jit(target_features.features, static_argnums=(0, 3))(LONG, TARGET, placed, ())
     key = jax.random.key(4)
@@ -86,7 +88,8 @@ def test_the_loss_is_the_decayed_divergence_from_the_targets_greedy_continuation
     for row in range(len(cut)):
         for c, at in enumerate(cut[row]):
             segment = batch["segment_ids"][row]
-            if not segment[at]:
+            ends = at + 1 == T or segment[at + 1] != segment[at]
+            if not segment[at] or (at < prompt and not ends):
                 continue
             before = np.flatnonzero((segment == segment[at]) & (np.arange(T) <= at))
             wanted = greedy(batch["tokens"][row, before].tolist(), 3)
