@@ -37,6 +37,7 @@ def cached(final: pathlib.Path, make: Callable[[pathlib.Path, pathlib.Path], Non
             if not distributed.first(final.exists):
                 shutil.rmtree(own, ignore_errors=True)
                 make(work, own)
+                distributed.barrier("made")  # another process may still read the work directory
                 distributed.first(keep)
                 if own != result:
                     shutil.rmtree(own, ignore_errors=True)

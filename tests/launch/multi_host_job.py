@@ -18,7 +18,7 @@ from decoding import generation, methods
 from decoding.sampling import SamplingConfig
 from models import distributed, sharding
 from tests.training import resume_run
-from training import batches, language_model
+from training import artifacts, batches, language_model
 from training.language_model import TrainConfig
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 1, 2], [3], [2, 2, 2, 2, 5]]
@@ -57,6 +57,18 @@ def train(config: TrainConfig, workdir: pathlib.Path, wrap=lambda batches: batch
     )
 
 
+def make_slowly(work: pathlib.Path, result: pathlib.Path) -> None:
+    """A result made of what lies in the work directory, which the second process reads later."""
+    _, index = distributed.processes()
+    if index == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "log").write_text("made by")
+    distributed.barrier("written")
+    time.sleep(0.5 * index)
+    result.mkdir(parents=True)
+    (result / "text").write_text(f"{(work / 'log').read_text()} {index}")
+
+
 def decode(params, mesh) -> list[list[int]]:
     """Token ids of PROMPTS' continuations, with parameters that are on the host."""
     model = resume_run.CONFIG.model
@@ -76,6 +88,7 @@ def main(workdir: str, step: str = "", signal: str = "") -> None:
         def wrap(inner):
             return SignalBefore(inner, int(step), int(signal)) if step else inner
 
+        artifacts.cached(place.parent / "kept" / "thing", make_slowly)
         trained = train(run_config(mesh=(jax.device_count(), 1)), place, wrap)
         params = distributed.on_host(trained.state.params)
         meshes = {"rows": (2, 1), "heads": (1, 2)} if jax.device_count() > 1 else {}

@@ -107,6 +107,13 @@ def job(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_what_two_processes_make_is_kept_once_when_both_are_done(job):
+    kept = job["root"] / "kept"
+    assert (kept / "thing" / "text").read_text() == "made by 0"
+    assert [path.name for path in (kept / ".work" / "thing").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_after_the_same_step(job):
     statuses, (_, first), (_, second) = job["told"]
     assert statuses == [TERMINATED, TERMINATED], first + second
