@@ -1,5 +1,7 @@
 """Parts that the config files of decoding comparisons share; see `experiments/comparison.py`."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -43,6 +45,19 @@ def comparison(name: str) -> ConfigDict:
     config.analyses = ()
     config.claims = ()
     return config
+
+
+# Of a recipe that learns to answer on slot sentences.
+SLOT_ANSWERS: dict[str, Any] = {"dataset": "slot_sentences", "loss_on": "response"}
+
+
+def on_slot_sentences(config: ConfigDict, num_prompts: int) -> None:
+    """Has a comparison's methods answer slots of a restaurant with the sentences that say them."""
+    config.data.update(
+        dataset="slot_sentences", prompt_field="question", answer_field="solution",
+        num_prompts=num_prompts,
+    )  # fmt: skip
+    config.decode.update(max_new_tokens=64, stop_at_eos=True)
 
 
 def method(

@@ -250,27 +250,24 @@ def _check() -> tuple[dict[str, Any], str]:
 
 def _search() -> tuple[dict[str, Any], str]:
     """Meshes and batches of one slice, or of 1 to as many chips; the record and its tables."""
-    from launch import mesh_search
+    from launch import curves, mesh_search
 
-    curves: dict[str, Any] = {}
+    searches: dict[str, Any] = {}
     text: list[str] = []
     for topology in _TOPOLOGY.value.split(","):
         for label, per, found in _searches(topology):
             label = f"{label}, {topology.partition(':')[0]}"
             text.append(f"{label}\n\n{mesh_search.table(found, per)}\n")
-            counts = dict.fromkeys(one.chips for one in found)
-            groups = [[one for one in found if one.chips == count] for count in counts]
-            best = [one for one in map(mesh_search.best, groups) if one is not None]
-            curves[label] = {
-                "per": per,
-                "candidates": [mesh_search.record(one, one in best) for one in found],
-            }
+            records = [mesh_search.record(one) for one in found]
+            curves.mark_best(records)
+            searches[label] = {"per": per, "candidates": records}
             if _CURVE.value:
+                best = [one for one, kept in zip(found, records, strict=True) if kept["best"]]
                 chosen = mesh_search.table(best, per)
                 text.append(f"{label}: the best of each number of chips\n\n{chosen}\n")
     if _CURVE.value and _WORKDIR.value:
-        _draw(curves)
-    return {"searches": curves}, "\n".join(text)
+        _draw(searches)
+    return {"searches": searches}, "\n".join(text)
 
 
 def _searches(topology: str) -> "Iterator[tuple[str, str, list[Candidate]]]":

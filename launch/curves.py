@@ -35,7 +35,7 @@ def read(directories: Iterable[str], file: str) -> dict[str, Search]:
             others = [one for one in kept["candidates"] if _mesh(one) not in new]
             kept["candidates"] = others + found["candidates"]
     for kept in searches.values():
-        _mark_best(kept["candidates"])
+        mark_best(kept["candidates"])
     return searches
 
 
@@ -47,7 +47,8 @@ def _fits(one: Mapping[str, Any]) -> bool:
     return one["report"] is not None and one["report"]["fits"]
 
 
-def _mark_best(candidates: Sequence[dict[str, Any]]) -> None:
+def mark_best(candidates: Sequence[dict[str, Any]]) -> None:
+    """Sets 'best' of each: of as many chips it fits and costs the fewest chip-seconds a row."""
     for count in {one["chips"] for one in candidates}:
         mine = [one for one in candidates if one["chips"] == count]
         best = min(filter(_fits, mine), key=lambda one: one["chip_seconds_per_row"], default=None)

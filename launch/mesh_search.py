@@ -217,10 +217,10 @@ def table(found: Sequence[Candidate], per: str) -> str:
     return "\n".join(lines)
 
 
-def record(one: Candidate, chosen: bool) -> dict[str, Any]:
-    """A candidate as JSON can hold it, and whether it is the best of its number of chips."""
+def record(one: Candidate) -> dict[str, Any]:
+    """A candidate as JSON can hold it."""
     found = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
-    found |= {"best": chosen, "report": None if one.report is None else one.report.as_json()}
+    found["report"] = None if one.report is None else one.report.as_json()
     if one.report is not None and one.report.roofline is not None:
         found |= {"seconds": one.seconds, "chip_seconds_per_row": one.chip_seconds_per_row}
     return found

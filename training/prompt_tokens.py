@@ -85,8 +85,8 @@ def loss(
 
     A cut in padding does not count, nor one in a prompt that no loss is taken on, nor what lies
     beyond the model's last position; with targets from data, nor does a distance that leaves its
-    document. Metrics: `agreement_k`, how often the
-    k-th prompt token's likeliest token is the target's.
+    document. Metrics: `agreement_k`, how often the k-th prompt token's likeliest token is the
+    target's.
     """
     frozen = jax.lax.stop_gradient(target_params)
     n, C = config.distances, objective.cuts

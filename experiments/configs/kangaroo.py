@@ -11,11 +11,19 @@ Python code, whose adapters train in a minute or two each; `:slots` one of sente
 is given, text that the model knows far better, at more exits.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.config_parts import claim, comparison, exit_adapter, method
+from experiments.config_parts import (
+    SLOT_ANSWERS,
+    claim,
+    comparison,
+    exit_adapter,
+    method,
+    on_slot_sentences,
+)
 from models.errors import check_choice
 
 PRESETS = ("", "offline", "slots")
@@ -56,15 +64,7 @@ def get_config(preset: str = "") -> ConfigDict:
             **{_part(2, kind): exit_adapter(2, kind, num_steps=600) for kind in KINDS},
         }
     )
-    config.decode.methods = (
-        method("plain", "autoregressive"),
-        method("prompt lookup", "prompt_lookup"),
-        *(_kangaroo(f"exit {layer}", layer) for layer in LAYERS),
-        *(_kangaroo(f"threshold {eta:g}", 2, eta) for eta in THRESHOLDS if eta != 0.6),
-        *(_kangaroo(_NAMES[kind], 2, kind=kind) for kind in KINDS),
-        # Four nodes a level; a path is followed while it is likelier than one in ten.
-        _kangaroo("tree", 2, 0.1, width=4, num_draft=4),
-    )
+    config.decode.methods = _methods(LAYERS, KINDS)
     zero: dict[str, Any] = {"temperature": 0.0}
     calls = "tokens_per_target_call"
     config.claims = (
@@ -81,26 +81,28 @@ def get_config(preset: str = "") -> ConfigDict:
     return config
 
 
-def _slots(config: ConfigDict) -> ConfigDict:
-    """Exits and thresholds on text that is nearly sure: what is accepted no longer decides."""
-    layers = (1, 2, 3, 4, 6)
-    config.models = ConfigDict({"target": "slots_deep"})
-    config.data.update(
-        dataset="slot_sentences", prompt_field="question", answer_field="solution", num_prompts=24
-    )
-    config.decode.update(temperatures=(0.0,), max_new_tokens=64, stop_at_eos=True)
-    text: dict[str, Any] = {
-        "dataset": "slot_sentences", "loss_on": "response", "sequence_length": 128,
-        "num_steps": 400, "eval_batches": 4,
-    }  # fmt: skip
-    config.parts = ConfigDict({_part(layer): exit_adapter(layer, **text) for layer in layers})
-    config.decode.methods = (
+def _methods(layers: Sequence[int], kinds: Sequence[str] = ()) -> tuple[ConfigDict, ...]:
+    """Exits, thresholds, kinds of adapters and a tree, beside plain decoding and lookup."""
+    return (
         method("plain", "autoregressive"),
         method("prompt lookup", "prompt_lookup"),
         *(_kangaroo(f"exit {layer}", layer) for layer in layers),
         *(_kangaroo(f"threshold {eta:g}", 2, eta) for eta in THRESHOLDS if eta != 0.6),
+        *(_kangaroo(_NAMES[kind], 2, kind=kind) for kind in kinds),
+        # Four nodes a level; a path is followed while it is likelier than one in ten.
         _kangaroo("tree", 2, 0.1, width=4, num_draft=4),
     )
+
+
+def _slots(config: ConfigDict) -> ConfigDict:
+    """Exits and thresholds on text that is nearly sure: what is accepted no longer decides."""
+    layers = (1, 2, 3, 4, 6)
+    config.models = ConfigDict({"target": "slots_deep"})
+    on_slot_sentences(config, num_prompts=24)
+    config.decode.temperatures = (0.0,)
+    text = SLOT_ANSWERS | {"sequence_length": 128, "num_steps": 400, "eval_batches": 4}
+    config.parts = ConfigDict({_part(layer): exit_adapter(layer, **text) for layer in layers})
+    config.decode.methods = _methods(layers)
     zero: dict[str, Any] = {"temperature": 0.0}
     calls, layers_run = "tokens_per_target_call", "layers_per_token"
     config.claims = (

@@ -16,13 +16,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.config_parts import claim, comparison, fine_tuned, method
+from experiments.config_parts import (
+    SLOT_ANSWERS,
+    claim,
+    comparison,
+    fine_tuned,
+    method,
+    on_slot_sentences,
+)
 from models.errors import check_choice
 
 PRESETS = ("", "offline", "slots")
 WINDOW = 5
 THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.99)
 CONFIDENCES = (0.5, 0.9, 0.99)
+# What copies learn from.
+_CODE: dict[str, Any] = {"num_steps": 200}
+_ANSWERS = SLOT_ANSWERS | {"num_steps": 400, "sequence_length": 128, "eval_batches": 4}
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -52,22 +62,20 @@ def get_config(preset: str = "") -> ConfigDict:
         )
         return config
     if preset == "slots":
-        make, before = slots_copy, "slots_deep"
-        config.data.update(dataset="slot_sentences", prompt_field="question", num_prompts=24)
-        config.data.answer_field = "solution"
-        config.decode.stop_at_eos = True
+        before, text = "slots_deep", _ANSWERS
+        on_slot_sentences(config, num_prompts=24)
     else:
-        make, before = copy, "code_deep"
+        before, text = "code_deep", _CODE
         config.data.update(num_prompts=12, prompt_tokens=48)
+        config.decode.max_new_tokens = 64
     config.models = ConfigDict(
         {
-            "target": make(),
+            "target": copy(before, text),
             "before": before,
-            "units": make(at_units=1.0),
-            "anywhere": make(at_units=0.0),
+            "units": copy(before, text, at_units=1.0),
+            "anywhere": copy(before, text, at_units=0.0),
         }
     )
-    config.decode.update(max_new_tokens=64)
     config.decode.methods = (
         *_plain(),
         method("plain, before", "autoregressive", role="before"),
@@ -98,23 +106,11 @@ def get_config(preset: str = "") -> ConfigDict:
     return config
 
 
-def copy(**units: Any) -> ConfigDict:
-    """The embedded model after further training with placeholders."""
+def copy(start: str, text: dict[str, Any], **units: Any) -> ConfigDict:
+    """An embedded model after further training with placeholders on text of its own kind."""
     settings = {"window": WINDOW, "pad_id": 0, **units}
-    return fine_tuned(
-        "lexical_units", "code_deep", settings, num_steps=200, batch_size=4,
-        optimizer={"kind": "muon", "learning_rate": 1e-3, "warmup_steps": 20},
-    )  # fmt: skip
-
-
-def slots_copy(**units: Any) -> ConfigDict:
-    """The same of the model of sentences, learning at answers alone."""
-    settings = {"window": WINDOW, "pad_id": 0, **units}
-    return fine_tuned(
-        "lexical_units", "slots_deep", settings, dataset="slot_sentences", loss_on="response",
-        num_steps=400, batch_size=4, sequence_length=128, eval_batches=4,
-        optimizer={"kind": "muon", "learning_rate": 1e-3, "warmup_steps": 20},
-    )  # fmt: skip
+    optimizer = {"kind": "muon", "learning_rate": 1e-3, "warmup_steps": 20}
+    return fine_tuned("lexical_units", start, settings, batch_size=4, optimizer=optimizer, **text)
 
 
 def _plain() -> tuple[ConfigDict, ...]:
@@ -143,7 +139,10 @@ def sweep() -> list[dict[str, object]]:
         }
 
     return [
-        *(setting(f"units of {alpha:g}", copy(confidence=alpha)) for alpha in CONFIDENCES),
-        setting("headed units of 0.9", copy(headed=True)),
-        setting("prose", copy(), **{"data.dataset": "stdlib_docstrings"}),
+        *(
+            setting(f"units of {alpha:g}", copy("code_deep", _CODE, confidence=alpha))
+            for alpha in CONFIDENCES
+        ),
+        setting("headed units of 0.9", copy("code_deep", _CODE, headed=True)),
+        setting("prose", copy("code_deep", _CODE), **{"data.dataset": "stdlib_docstrings"}),
     ]

@@ -16,11 +16,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.config_parts import accelerator, claim, comparison, exit_adapter, method
+from experiments.config_parts import (
+    SLOT_ANSWERS,
+    accelerator,
+    claim,
+    comparison,
+    exit_adapter,
+    method,
+    on_slot_sentences,
+)
 from models.errors import check_choice
 
 PRESETS = ("", "offline", "slots")
 AIM, SLOWER = "to the last layer", "rate 2"
+# What leaves the model: label, its part, the stream that is read.
+_STREAMS = (("M2R2", AIM, "accelerated"), ("own stream", "", "slow"))
 DRAFTS = 6
 # Of models this small; the default is for wide ones.
 _ROUTER = 16
@@ -108,15 +118,10 @@ def get_config(preset: str = "") -> ConfigDict:
 def _slots(config: ConfigDict) -> ConfigDict:
     """The same streams at equal layers, and drafts, on text that the model knows."""
     config.models = ConfigDict({"target": "slots_deep"})
-    config.data.update(
-        dataset="slot_sentences", prompt_field="question", answer_field="solution", num_prompts=24
-    )
+    on_slot_sentences(config, num_prompts=24)
+    config.decode.temperatures = (0.0,)
     config.quality = ConfigDict({"own_choices": False, "judge": "target"})
-    config.decode.update(temperatures=(0.0,), max_new_tokens=64, stop_at_eos=True)
-    recipe = {
-        **_RECIPE, "dataset": "slot_sentences", "loss_on": "response", "sequence_length": 128,
-        "eval_batches": 4,
-    }  # fmt: skip
+    recipe = {**_RECIPE, **SLOT_ANSWERS, "sequence_length": 128, "eval_batches": 4}
     config.parts = ConfigDict({AIM: accelerator(recipe=recipe, intervals=4, router_width=_ROUTER)})
     config.decode.methods = (
         method("plain", "autoregressive"),
@@ -144,10 +149,6 @@ def _slots(config: ConfigDict) -> ConfigDict:
         ),
     )  # fmt: skip
     return config
-
-
-# What leaves the model: label, its part, the stream that is read.
-_STREAMS = (("M2R2", AIM, "accelerated"), ("own stream", "", "slow"))
 
 
 def _fixed_exits() -> tuple[ConfigDict, ...]:

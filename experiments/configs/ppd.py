@@ -16,7 +16,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.config_parts import claim, comparison, medusa_heads, method, prompt_tokens
+from experiments.config_parts import (
+    SLOT_ANSWERS,
+    claim,
+    comparison,
+    medusa_heads,
+    method,
+    on_slot_sentences,
+    prompt_tokens,
+)
 from models.errors import check_choice
 
 PRESETS = ("", "offline", "slots")
@@ -58,14 +66,9 @@ def get_config(preset: str = "") -> ConfigDict:
     }  # fmt: skip
     medusa: dict[str, Any] = {"num_steps": 600, "sequence_length": 128}
     if preset == "slots":
-        answers = {"dataset": "slot_sentences", "loss_on": "response"}
-        text, medusa = text | answers, medusa | answers
+        text, medusa = text | SLOT_ANSWERS, medusa | SLOT_ANSWERS
         config.models.target = "slots_deep"
-        config.data.update(
-            dataset="slot_sentences", prompt_field="question", answer_field="solution",
-            num_prompts=24,
-        )  # fmt: skip
-        config.decode.update(max_new_tokens=64, stop_at_eos=True)
+        on_slot_sentences(config, num_prompts=24)
     many: dict[str, Any] = {"cuts": 32}
     config.parts = ConfigDict(
         {

@@ -15,7 +15,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.config_parts import claim, comparison, fine_tuned, method
+from experiments.config_parts import (
+    SLOT_ANSWERS,
+    claim,
+    comparison,
+    fine_tuned,
+    method,
+    on_slot_sentences,
+)
 from models.errors import check_choice
 
 PRESETS = ("", "offline")
@@ -35,10 +42,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.decode.update(temperatures=(0.0,), batch_sizes=(1, 8), stop_at_eos=True)
     if not preset:
         return _published(config)
-    config.data.update(
-        dataset="slot_sentences", prompt_field="question", answer_field="solution", num_prompts=48
-    )
-    config.decode.update(max_new_tokens=64, repeats=2)
+    on_slot_sentences(config, num_prompts=48)
+    config.decode.repeats = 2
     schedules = {
         **{f"SkipDecode, {n} layers": _schedule(*pair) for n, pair in SCHEDULES.items()},
         "early termination, 4 layers": _schedule(5, 3, place="bottom"),
@@ -130,8 +135,8 @@ def _published(config: ConfigDict) -> ConfigDict:
 def copy(kind: str, settings: dict[str, Any] | None = None) -> ConfigDict:
     """The embedded model, fine-tuned on the same sentences for what it will run."""
     return fine_tuned(
-        kind, "slots_deep", settings, dataset="slot_sentences", loss_on="response", num_steps=320,
-        batch_size=4, sequence_length=128, eval_batches=4,
+        kind, "slots_deep", settings, **SLOT_ANSWERS, num_steps=320, batch_size=4,
+        sequence_length=128, eval_batches=4,
         optimizer={"kind": "muon", "learning_rate": 2e-3, "warmup_steps": 10},
     )  # fmt: skip
 
