@@ -192,7 +192,7 @@ def fit(
         num_steps=config.num_steps,
         workdir=workdir,
         config={**dataclasses.asdict(config), **recorded},
-        evaluate=evaluate,
+        evaluate=evaluate and on_split_state(config, mesh, evaluate),
         tokens_per_step=config.batch_size * config.sequence_length,
         log_every=config.log_every,
         eval_every=config.eval_every,
@@ -209,7 +209,10 @@ def compiled(config: TrainConfig, update_fn: UpdateFn, mesh: Mesh, shardings: An
 
 
 def on_split_state(config: TrainConfig, mesh: Mesh, function: Callable[..., T]) -> Callable[..., T]:
-    """A function of parameters, to be jitted: with `config.fsdp` layers gather what they use."""
+    """A function of parameters: with `config.fsdp` layers gather what they use of them.
+
+    To be jitted, or to call what is, as `evaluate` does.
+    """
     if not config.fsdp:
         return function
 

@@ -122,7 +122,6 @@ def evaluator(
     """A function of the state: `eval_loss` in nats a token and `eval_bits_per_byte`."""
 
     @jax.jit
-    @functools.partial(fitting.on_split_state, config, mesh)
     def sums(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         logits = _logits(fitting.compute_config(config), params, batch)
         mask = batch["loss_mask"]
@@ -156,7 +155,7 @@ def mean_evaluator(
     Means over batches, weighted by the tokens that count, 'eval_' before each name. A batch is
     measured with the noise of the step that has its number.
     """
-    measure = jax.jit(fitting.on_split_state(config, mesh, loss_fn))
+    measure = jax.jit(loss_fn)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         found, weights = [], []

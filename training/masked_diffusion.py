@@ -295,7 +295,6 @@ def evaluator(
     block = objective.block_schedule[-1][1] if objective.block_schedule else None
 
     @jax.jit
-    @functools.partial(fitting.on_split_state, config, mesh)
     def sums(params: Any, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, ...]:
         tokens, changeable = batch["tokens"], batch["changeable"]
         probability = corruption.mask_probabilities(

@@ -301,9 +301,10 @@ def test_a_run_that_was_killed_goes_on_bit_identically(run, tmp_path):
     assert 0 <= result.metrics["eval_accuracy"] <= 1
 
 
-def test_mesh_of_eight_devices_has_the_same_losses(run, tmp_path):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_mesh_of_eight_devices_has_the_same_losses(run, tmp_path, fsdp):
     workdir, result = run
-    config = dataclasses.replace(CONFIG, mesh=(4, 2))
+    config = dataclasses.replace(CONFIG, mesh=(4, 2), fsdp=fsdp)
     spread = train(tmp_path, config=config)
     found, expected = (
         [float.fromhex(line["loss"]) for line in curve(path) if "loss" in line]
